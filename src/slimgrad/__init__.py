@@ -1,0 +1,1 @@
+"""slimgrad: fit neural-network training into the memory you have."""

@@ -1,0 +1,233 @@
+"""The contract of a method on one page: Method, Paper, Block, Record, Offer, Refusal, Undo.
+
+A method is a frozen dataclass, constructible without arguments, whose fields are its hyperparameters with the
+paper's defaults. It declares ``column``, ``exactness``, ``scope`` and ``paper``, and has two verbs:
+
+- ``offer(block)`` answers what the method would do for a block: an ``Offer`` with the block's new record, or a
+  ``Refusal`` with a reason. It needs numbers only, so a plan can be made from a saved profile.
+- ``attach(block)`` changes the live block and returns the ``Undo`` that puts everything back.
+
+Offers do not add up (few-bit stores under recomputation save nothing), so an offer is never a number of bytes
+saved: it maps a measured record to a new one, and the next method is asked about the new record.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from slimgrad.types import Column, Exactness
+
+if TYPE_CHECKING:
+    from slimgrad.host import Host
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from. ``arxiv`` is the identifier alone (``"1604.06174"``), or None."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None = None
+    url: str | None = None
+
+    @property
+    def link(self) -> str:
+        """An address a reader can open, or an empty string."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else (self.url or "")
+
+
+class Scope(enum.StrEnum):
+    """What a method is offered: one block (a call of a module), or the whole model and its step."""
+
+    BLOCK = "block"
+    MODEL = "model"
+
+
+class Restore(enum.StrEnum):
+    """How what a block's backward needs comes back, right before that backward runs."""
+
+    NONE = "none"  # it never left
+    REPLAY = "replay"  # the forward pass of the block is run again
+    COPY = "copy"  # it is copied back from the host's memory or from files
+
+
+@dataclass(frozen=True)
+class Record:
+    """One block as measured, or as a method would make it. Bytes and seconds.
+
+    ``saved_bytes`` is what the block's own backward needs, its inputs apart; ``held_bytes`` is how much of that
+    stays on the device between forward and backward; ``holds_inputs`` tells whether the block's inputs must
+    also stay until its backward (recomputation starts from them).
+    """
+
+    saved_bytes: int
+    held_bytes: int
+    input_bytes: int
+    output_bytes: int
+    forward_s: float
+    backward_s: float
+    restore: Restore = Restore.NONE
+    restore_s: float = 0.0
+    store_s: float = 0.0
+    holds_inputs: bool = False
+    has_batch_statistics: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """One step's time in this block."""
+        return self.forward_s + self.store_s + self.restore_s + self.backward_s
+
+
+class Update(enum.StrEnum):
+    """When a parameter is updated."""
+
+    AFTER = "after"  # optimizer.step() once backward is over
+    DURING = "during"  # as soon as its gradient is complete
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What a whole step looks like to the methods of scope ``model``. Bytes and seconds.
+
+    ``loss_chunk`` (tokens; 0: the plain loss) and ``micro_batches`` say which measured variant of the step is
+    meant; the other fields say what happens to gradients and optimizer state.
+    """
+
+    weight_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+    state_tensors: (
+        int  # tensors of a parameter's own shape that the optimizer keeps for it (AdamW: 2)
+    )
+    largest_parameter_bytes: int
+    update_s: float
+    batch_size: int
+    separable: bool  # the optimizer was shown by value to treat parameters one by one
+    elementwise: bool  # ... and to treat parts of a parameter one by one
+    token_weighted: bool | None = (
+        None  # shares weigh by tokens, by samples, or no weighting was found to hold
+    )
+    divisors: tuple[int, ...] = ()  # numbers of micro-batches that were measured
+    loss_chunks: tuple[int, ...] = ()  # chunk sizes of the loss that were measured
+    has_batch_statistics: bool = False
+    has_dropout: bool = False
+    clip_grad_norm: float | None = None
+    read_bytes_s: float = 1e9
+    write_bytes_s: float = 1e9
+    loss_chunk: int = 0
+    micro_batches: int = 1
+    update: Update = Update.AFTER
+    state_in_files: bool = False
+    gradients_in_files: bool = False
+    buffer_bytes: int = 0  # preallocated staging buffers
+    slice_bytes: int = 0  # an update's largest part of one parameter; 0: the whole parameter
+    extra_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a method would make of a block: its new record, and one sentence for the table."""
+
+    record: Record | ModelRecord
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a method cannot, or should not, be used on a block."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a method is asked about, and what it is attached to.
+
+    ``path`` is the dotted name of the module (empty for the whole model). ``record`` is there when a plan is
+    made; ``host`` when it is applied.
+    """
+
+    path: str
+    scope: Scope
+    record: Record | ModelRecord | None = None
+    host: Host | None = field(default=None, compare=False)
+
+    @property
+    def measured(self) -> Record:
+        """The record of a block of scope ``block``."""
+        if not isinstance(self.record, Record):
+            raise TypeError(f"block {self.path!r} has no record of a block")
+        return self.record
+
+    @property
+    def model_record(self) -> ModelRecord:
+        """The record of the whole model."""
+        if not isinstance(self.record, ModelRecord):
+            raise TypeError(f"block {self.path!r} has no record of a model")
+        return self.record
+
+    @property
+    def live(self) -> Host:
+        """The user's objects; raises TypeError while only a plan is being made."""
+        if self.host is None:
+            raise TypeError(
+                f"block {self.path!r} is not live: a method can be attached only by apply"
+            )
+        return self.host
+
+
+class Undo:
+    """Puts back what a method changed. Calling it twice does nothing the second time.
+
+    Several are combined with ``Undo.all``, which runs them last first.
+    """
+
+    def __init__(self, *actions: Callable[[], object]) -> None:
+        self._actions = list(actions)
+
+    def __call__(self) -> None:
+        while self._actions:
+            self._actions.pop()()
+
+    def then(self, action: Callable[[], object]) -> None:
+        """Add ``action``, to be run before those already here."""
+        self._actions.append(action)
+
+    @staticmethod
+    def all(undos: list[Undo]) -> Undo:
+        """One undo for several, run last first."""
+        return Undo(*undos)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """The two verbs and the four declarations of every method."""
+
+    column: ClassVar[Column]
+    exactness: ClassVar[Exactness]
+    scope: ClassVar[Scope]
+    paper: ClassVar[Paper]
+
+    def offer(self, block: Block) -> Offer | Refusal:
+        """What this method would make of ``block``, or why not."""
+        ...
+
+    def attach(self, block: Block) -> Undo:
+        """Change the live ``block``; the returned Undo puts everything back."""
+        ...
+
+
+def method_name(method: Method | type[Any]) -> str:
+    """A method's name everywhere: the name of the module that defines it."""
+    cls = method if isinstance(method, type) else type(method)
+    return cls.__module__.rpartition(".")[2]
+
+
+def hyperparameters(method: Method) -> Mapping[str, Any]:
+    """A method's fields and their values."""
+    names = getattr(method, "__dataclass_fields__", {})
+    return {name: getattr(method, name) for name in names}

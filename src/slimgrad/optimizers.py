@@ -1,0 +1,158 @@
+"""Running a user's optimizer on one parameter, or on a part of one, and showing by value that this is allowed.
+
+Nothing here knows an optimizer's formula. ``step_parameter`` hands the user's own optimizer a single parameter;
+``step_part`` hands it a flat slice of one with slices of its state. Whether that gives what the whole step
+gives is not assumed from a name: ``is_separable`` and ``is_elementwise`` run the optimizer's own code both ways
+on small tensors and compare every bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The param group that holds ``parameter``; raises KeyError if none does."""
+    for group in optimizer.param_groups:
+        if any(p is parameter for p in group["params"]):
+            return group
+    raise KeyError("the optimizer does not hold this parameter")
+
+
+@contextmanager
+def _only(
+    optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
+) -> Iterator[dict[str, Any]]:
+    """The optimizer with one group of one parameter; what its step writes into the group is kept."""
+    narrowed = {**group, "params": [parameter]}
+    groups, optimizer.param_groups = optimizer.param_groups, [narrowed]
+    try:
+        yield narrowed
+    finally:
+        optimizer.param_groups = groups
+
+
+def _plain_step(optimizer: Optimizer) -> None:
+    """The optimizer's own step, past hooks and scheduler wrappers: those see one call per logical step."""
+    step = type(optimizer).step
+    getattr(step, "__wrapped__", step)(optimizer)
+
+
+def step_parameter(
+    optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any] | None = None
+) -> None:
+    """Update one parameter from its ``.grad`` with the user's optimizer, its group and its state."""
+    with torch.no_grad(), _only(optimizer, group or group_of(optimizer, parameter), parameter):
+        _plain_step(optimizer)
+
+
+def step_part(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    part: Tensor,
+    gradient: Tensor,
+    state: dict[str, Any],
+) -> dict[str, Any]:
+    """Update ``part``, a view of a parameter's elements, from ``gradient`` with ``state`` of the part's shape.
+
+    Tensors of ``state`` with the part's shape are updated in place; the returned state holds the new values of
+    everything else (step counts). An empty ``state`` lets the optimizer make its own.
+    """
+    part = part.detach().requires_grad_()
+    part.grad = gradient
+    try:
+        if state:
+            optimizer.state[part] = state
+        step_parameter(optimizer, part, group)
+        return dict(optimizer.state.get(part, {}))
+    finally:
+        optimizer.state.pop(part, None)
+        part.grad = None
+
+
+def clone_for(optimizer: Optimizer, groups: list[list[Tensor]]) -> Optimizer:
+    """A new optimizer of the user's class and hyperparameters over ``groups``, with no state and no hooks."""
+    twin = copy.copy(optimizer)
+    twin.__dict__ = {
+        name: value
+        for name, value in optimizer.__dict__.items()
+        if name not in ("state", "param_groups", "step") and "hooks" not in name
+    }
+    for name in Optimizer({}.get("params", [torch.zeros(1)]), {}).__dict__:
+        if "hooks" in name:
+            setattr(twin, name, type(getattr(optimizer, name))())
+    twin.state = (
+        type(optimizer.state)(dict) if optimizer.state else Optimizer([torch.zeros(1)], {}).state
+    )
+    twin.param_groups = [
+        {**{k: copy.deepcopy(v) for k, v in old.items() if k != "params"}, "params": list(params)}
+        for old, params in zip(_cycle(optimizer.param_groups), groups, strict=False)
+    ]
+    return twin
+
+
+def _cycle(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    while True:
+        yield from groups
+
+
+def _samples(
+    optimizer: Optimizer, shapes: list[tuple[int, ...]]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Small parameters of the user's dtype and device, and gradients for three steps."""
+    first = optimizer.param_groups[0]["params"][0]
+    generator = torch.Generator().manual_seed(0)
+    make = lambda shape: torch.randn(shape, generator=generator).to(first.device, first.dtype)  # noqa: E731
+    parameters = [make(shape).requires_grad_() for shape in shapes]
+    gradients = [[make(shape) for shape in shapes] for _ in range(3)]
+    return parameters, gradients
+
+
+def is_separable(optimizer: Optimizer) -> bool:
+    """Whether updating parameters one at a time gives the bits of the optimizer's own step.
+
+    Runs both on small tensors, three steps, with the user's hyperparameters; an optimizer that needs a closure
+    or looks across parameters (LBFGS) fails.
+    """
+    try:
+        parameters, gradients = _samples(optimizer, [(5, 3), (4,), (2, 3)])
+        alone = [p.detach().clone().requires_grad_() for p in parameters]
+        together_opt = clone_for(optimizer, [parameters])
+        alone_opt = clone_for(optimizer, [alone])
+        for step in gradients:
+            for p, q, g in zip(parameters, alone, step, strict=True):
+                p.grad, q.grad = g.clone(), g.clone()
+            _plain_step(together_opt)
+            for q in reversed(alone):
+                step_parameter(alone_opt, q)
+        return all(torch.equal(p, q) for p, q in zip(parameters, alone, strict=True))
+    except Exception:
+        return False
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether updating flat slices of a parameter one at a time gives the bits of updating it whole."""
+    try:
+        (whole,), gradients = _samples(optimizer, [(6, 4)])
+        parts = whole.detach().clone()
+        whole_opt, parts_opt = clone_for(optimizer, [[whole]]), clone_for(optimizer, [[parts]])
+        group = parts_opt.param_groups[0]
+        states: list[dict[str, Any]] = [{}, {}]
+        for (gradient,) in gradients:
+            whole.grad = gradient.clone()
+            _plain_step(whole_opt)
+            flat, flat_gradient = parts.view(-1), gradient.reshape(-1)
+            for i, (a, b) in enumerate(((0, 10), (10, 24))):
+                states[i] = step_part(
+                    parts_opt, group, flat[a:b], flat_gradient[a:b].clone(), states[i]
+                )
+        return torch.equal(whole, parts)
+    except Exception:
+        return False
