@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slimgrad.optimizers import step_parameter
+from slimgrad.types import Column
 
 Batch: TypeAlias = Any
 LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -74,6 +75,8 @@ class Host:
         self.update: Callable[[Tensor], None] = self._update_in_memory
         self.finish: Callable[[], None] = self._step_in_memory
         self.in_last_share = True  # gradients complete only in the last share of a step
+        # staging buffers of methods, for the ledger
+        self.owned: list[tuple[Column, Tensor]] = []
         self.gradient_order: list[
             Tensor
         ] = []  # parameters, in the order in which gradients completed last step
@@ -113,5 +116,12 @@ class Host:
     def _step_in_memory(self) -> None:
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip_grad_norm)
+        self.count_step()
+
+    def count_step(self) -> None:
+        """Call the user's ``optimizer.step()``, so that its hooks and schedulers count one logical step.
+
+        Where every update is already done no parameter has a gradient left, and it updates nothing.
+        """
         if self.optimizer is not None:
             self.optimizer.step()

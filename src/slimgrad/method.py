@@ -14,8 +14,8 @@ saved: it maps a measured record to a new one, and the next method is asked abou
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from slimgrad.types import Column, Exactness
@@ -75,6 +75,8 @@ class Record:
     store_s: float = 0.0
     holds_inputs: bool = False
     has_batch_statistics: bool = False
+    read_bytes_s: float = 1e9
+    write_bytes_s: float = 1e9
 
     @property
     def seconds(self) -> float:
@@ -93,8 +95,8 @@ class Update(enum.StrEnum):
 class ModelRecord:
     """What a whole step looks like to the methods of scope ``model``. Bytes and seconds.
 
-    ``loss_chunk`` (tokens; 0: the plain loss) and ``micro_batches`` say which measured variant of the step is
-    meant; the other fields say what happens to gradients and optimizer state.
+    Methods that rewrite the step itself (``Rewriting``) were attached while it was traced, so the record is of
+    the step with them; the other fields say what happens to gradients and optimizer state.
     """
 
     weight_bytes: int
@@ -108,17 +110,11 @@ class ModelRecord:
     batch_size: int
     separable: bool  # the optimizer was shown by value to treat parameters one by one
     elementwise: bool  # ... and to treat parts of a parameter one by one
-    token_weighted: bool | None = (
-        None  # shares weigh by tokens, by samples, or no weighting was found to hold
-    )
-    divisors: tuple[int, ...] = ()  # numbers of micro-batches that were measured
-    loss_chunks: tuple[int, ...] = ()  # chunk sizes of the loss that were measured
     has_batch_statistics: bool = False
     has_dropout: bool = False
     clip_grad_norm: float | None = None
     read_bytes_s: float = 1e9
     write_bytes_s: float = 1e9
-    loss_chunk: int = 0
     micro_batches: int = 1
     update: Update = Update.AFTER
     state_in_files: bool = False
@@ -221,6 +217,19 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class Rewriting(Protocol):
+    """A method of scope ``model`` that changes the step itself, so that it must be traced while attached.
+
+    ``measure`` asks for its ``settings`` on the live model and traces the step once with each.
+    """
+
+    @classmethod
+    def settings(cls, host: Host, batch: Any) -> Sequence[Method] | Refusal:
+        """The settings worth measuring on this model and batch, or why there is none."""
+        ...
+
+
 def method_name(method: Method | type[Any]) -> str:
     """A method's name everywhere: the name of the module that defines it."""
     cls = method if isinstance(method, type) else type(method)
@@ -229,5 +238,4 @@ def method_name(method: Method | type[Any]) -> str:
 
 def hyperparameters(method: Method) -> Mapping[str, Any]:
     """A method's fields and their values."""
-    names = getattr(method, "__dataclass_fields__", {})
-    return {name: getattr(method, name) for name in names}
+    return {f.name: getattr(method, f.name) for f in fields(method)}  # pyright: ignore[reportArgumentType]

@@ -78,41 +78,38 @@ def step_part(
 
 
 def clone_for(optimizer: Optimizer, groups: list[list[Tensor]]) -> Optimizer:
-    """A new optimizer of the user's class and hyperparameters over ``groups``, with no state and no hooks."""
+    """A new optimizer of the user's class and hyperparameters over ``groups``, with no state and no hooks.
+
+    Group ``i`` takes the hyperparameters of the user's group ``i`` (counted round where there are more).
+    """
+    fresh = Optimizer([torch.zeros(1)], {})
     twin = copy.copy(optimizer)
-    twin.__dict__ = {
-        name: value
-        for name, value in optimizer.__dict__.items()
-        if name not in ("state", "param_groups", "step") and "hooks" not in name
-    }
-    for name in Optimizer({}.get("params", [torch.zeros(1)]), {}).__dict__:
-        if "hooks" in name:
-            setattr(twin, name, type(getattr(optimizer, name))())
-    twin.state = (
-        type(optimizer.state)(dict) if optimizer.state else Optimizer([torch.zeros(1)], {}).state
-    )
+    twin.__dict__ = {**optimizer.__dict__, **fresh.__dict__, "defaults": dict(optimizer.defaults)}
+    twin.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the user's optimizer
     twin.param_groups = [
-        {**{k: copy.deepcopy(v) for k, v in old.items() if k != "params"}, "params": list(params)}
-        for old, params in zip(_cycle(optimizer.param_groups), groups, strict=False)
+        {**_without_parameters(optimizer.param_groups[i % len(optimizer.param_groups)]), "params": list(g)}
+        for i, g in enumerate(groups)
     ]
     return twin
 
 
-def _cycle(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    while True:
-        yield from groups
+def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
 
 
-def _samples(
-    optimizer: Optimizer, shapes: list[tuple[int, ...]]
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Small parameters of the user's dtype and device, and gradients for three steps."""
-    first = optimizer.param_groups[0]["params"][0]
+def _samples(optimizer: Optimizer) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Small parameters of the user's numbers of dimensions, dtype and device, and gradients for three steps."""
+    theirs = [p for group in optimizer.param_groups for p in group["params"]]
+    dims = sorted({p.dim() for p in theirs}) or [1]
+    shapes = [tuple((5, 3, 2, 2, 2, 2)[:dim]) for dim in dims] + [tuple((4, 6, 3, 2, 2, 2)[:dim]) for dim in dims]
     generator = torch.Generator().manual_seed(0)
-    make = lambda shape: torch.randn(shape, generator=generator).to(first.device, first.dtype)  # noqa: E731
+
+    def make(shape: tuple[int, ...]) -> Tensor:
+        sample = torch.randn(shape, generator=generator)
+        return sample.to(theirs[0].device, theirs[0].dtype) if theirs else sample
+
     parameters = [make(shape).requires_grad_() for shape in shapes]
-    gradients = [[make(shape) for shape in shapes] for _ in range(3)]
-    return parameters, gradients
+    return parameters, [[make(shape) for shape in shapes] for _ in range(3)]
 
 
 def is_separable(optimizer: Optimizer) -> bool:
@@ -122,7 +119,7 @@ def is_separable(optimizer: Optimizer) -> bool:
     or looks across parameters (LBFGS) fails.
     """
     try:
-        parameters, gradients = _samples(optimizer, [(5, 3), (4,), (2, 3)])
+        parameters, gradients = _samples(optimizer)
         alone = [p.detach().clone().requires_grad_() for p in parameters]
         together_opt = clone_for(optimizer, [parameters])
         alone_opt = clone_for(optimizer, [alone])
@@ -140,19 +137,21 @@ def is_separable(optimizer: Optimizer) -> bool:
 def is_elementwise(optimizer: Optimizer) -> bool:
     """Whether updating flat slices of a parameter one at a time gives the bits of updating it whole."""
     try:
-        (whole,), gradients = _samples(optimizer, [(6, 4)])
-        parts = whole.detach().clone()
-        whole_opt, parts_opt = clone_for(optimizer, [[whole]]), clone_for(optimizer, [[parts]])
+        parameters, gradients = _samples(optimizer)
+        copies = [p.detach().clone() for p in parameters]
+        whole_opt, parts_opt = clone_for(optimizer, [parameters]), clone_for(optimizer, [copies])
         group = parts_opt.param_groups[0]
-        states: list[dict[str, Any]] = [{}, {}]
-        for (gradient,) in gradients:
-            whole.grad = gradient.clone()
+        states: dict[tuple[int, int], dict[str, Any]] = {}
+        for step in gradients:
+            for p, gradient in zip(parameters, step, strict=True):
+                p.grad = gradient.clone()
             _plain_step(whole_opt)
-            flat, flat_gradient = parts.view(-1), gradient.reshape(-1)
-            for i, (a, b) in enumerate(((0, 10), (10, 24))):
-                states[i] = step_part(
-                    parts_opt, group, flat[a:b], flat_gradient[a:b].clone(), states[i]
-                )
-        return torch.equal(whole, parts)
+            for i, (p, gradient) in enumerate(zip(copies, step, strict=True)):
+                flat, flat_gradient, cut = p.view(-1), gradient.reshape(-1), p.numel() // 3
+                for j, part in enumerate((slice(0, cut), slice(cut, None))):
+                    states[i, j] = step_part(
+                        parts_opt, group, flat[part], flat_gradient[part].clone(), states.get((i, j), {})
+                    )
+        return all(torch.equal(p, q) for p, q in zip(parameters, copies, strict=True))
     except Exception:
         return False

@@ -1,0 +1,213 @@
+"""Seconds of single operations, timed on tensors of the traced shapes, within a limit of memory and time.
+
+A step is never run for this: each *distinct* operation of a trace (function, shapes, strides, dtypes, other
+arguments) is run alone. Operations too large for the memory limit get their seconds from the measured rates of
+their own kind: FLOPs a second for matrix products, convolutions and attention, bytes a second for the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from slimgrad.measuring.randomness import kept_randomness
+
+
+class TensorSpec(NamedTuple):
+    """What an operation's tensor argument looked like."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+OpKey: TypeAlias = tuple[Any, Any]
+"""A distinct operation: the function and its frozen arguments."""
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        strides = value.stride() if value.layout is torch.strided else ()
+        return TensorSpec(tuple(value.shape), tuple(strides), value.dtype, value.device.type)
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(v) for v in value)
+    if isinstance(value, dict):
+        return ("dict", tuple((k, _freeze(v)) for k, v in value.items()))
+    if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
+        return value
+    return repr(value)
+
+
+def op_key(func: Any, args: Any, kwargs: Any) -> OpKey:
+    """The distinct operation that this call is an instance of."""
+    return (func, (_freeze(args), tuple((k, _freeze(v)) for k, v in kwargs.items())))
+
+
+_VIEWS = frozenset(
+    "detach view _unsafe_view t transpose expand slice select permute unsqueeze squeeze alias as_strided "
+    "split split_with_sizes unbind reshape _reshape_alias lift_fresh diagonal unfold view_as_real "
+    "empty empty_like new_empty empty_strided new_empty_strided _local_scalar_dense".split()
+)
+
+
+def _specs(key: OpKey) -> list[TensorSpec]:
+    found: list[TensorSpec] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, TensorSpec):
+            found.append(value)
+        elif isinstance(value, tuple):
+            for member in value:
+                walk(member)
+
+    walk(key[1])
+    return found
+
+
+def op_bytes(key: OpKey) -> int:
+    """Bytes that an operation's tensor arguments span."""
+    return sum(spec.nbytes for spec in _specs(key))
+
+
+def _build(value: Any) -> Any:
+    if isinstance(value, TensorSpec):
+        span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True) if n > 0)
+        span = max(span, 0) if all(value.shape) else 0
+        if value.dtype.is_floating_point or value.dtype.is_complex:
+            flat = torch.empty(span, dtype=value.dtype, device=value.device).uniform_(0.01, 1)
+        else:
+            flat = torch.zeros(span, dtype=value.dtype, device=value.device)
+        return flat.as_strided(value.shape, value.stride)
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        if len(value) == 2 and value[0] == "dict":
+            return {k: _build(v) for k, v in value[1]}
+        return [_build(v) for v in value]
+    return value
+
+
+def op_flops(key: OpKey) -> int:
+    """Floating-point operations of a matrix product, convolution or attention; 0 for anything else.
+
+    Formulas are those of torch's own FLOP counter.
+    """
+    func, (args, kwargs) = key
+    packet = getattr(func, "overloadpacket", None)
+    if "flash_attention_for_cpu" in str(packet):
+        return _attention_flops(key)
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return 0
+    try:
+        with torch.device("meta"):
+            meta = lambda v: _meta(v)  # noqa: E731
+            real_args, real_kwargs = [meta(a) for a in args], {k: meta(v) for k, v in kwargs}
+            out = func(*real_args, **real_kwargs)
+            return int(formula(*real_args, **real_kwargs, out_val=out))
+    except Exception:
+        return 0
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, TensorSpec):
+        return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
+    if isinstance(value, tuple):
+        return [_meta(v) for v in value]
+    return value
+
+
+def _attention_flops(key: OpKey) -> int:
+    q, k, *_ = [s for s in _specs(key) if len(s.shape) == 4]
+    backward = "backward" in str(key[0])
+    if backward:  # grad_out comes first
+        _, q, k, *_ = [s for s in _specs(key) if len(s.shape) == 4]
+    batch, heads, n, d = q.shape
+    return int((5 if backward else 2) * 2 * batch * heads * n * k.shape[2] * d)
+
+
+@dataclass
+class Rates:
+    """What this machine reached: used for operations too large to be timed, and told to the user."""
+
+    flops_per_s: float = 5e10
+    bytes_per_s: float = 5e9
+    overhead_s: float = 3e-6
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _time(key: OpKey, deadline: float) -> float:
+    func, (args, kwargs) = key
+    real_args = [_build(a) for a in args]
+    real_kwargs = {k: _build(v) for k, v in kwargs}
+    device = next((s.device for s in _specs(key)), "cpu")
+    taken: list[float] = []
+    for attempt in range(4):
+        _synchronize(device)
+        begin = time.perf_counter()
+        func(*real_args, **real_kwargs)
+        _synchronize(device)
+        taken.append(time.perf_counter() - begin)
+        if attempt and (sum(taken) > 0.3 or time.perf_counter() > deadline):
+            break
+    return float(np.median(taken[1:] or taken))
+
+
+def time_operations(
+    keys: Sequence[OpKey], *, limit_bytes: int | None = None, limit_s: float = 20.0
+) -> tuple[np.ndarray, Rates]:
+    """Seconds of each distinct operation, and the rates found on the way.
+
+    Nothing above ``limit_bytes`` is allocated (arguments counted three times over for what an operation makes),
+    and no more than about ``limit_s`` seconds are spent; what is left out is estimated from the rates.
+    """
+    seconds = np.full(len(keys), np.nan)
+    flops = np.array([op_flops(key) for key in keys], dtype=np.float64)
+    num_bytes = np.array([op_bytes(key) for key in keys], dtype=np.float64)
+    deadline = time.perf_counter() + limit_s
+    with kept_randomness(), torch.no_grad():
+        for index in np.argsort(-(num_bytes + flops / 10)):
+            key = keys[index]
+            if getattr(key[0], "__name__", "").split(".")[0] in _VIEWS:
+                seconds[index] = 2e-6
+            elif time.perf_counter() < deadline and (
+                limit_bytes is None or 3 * num_bytes[index] <= limit_bytes
+            ):
+                try:
+                    seconds[index] = _time(key, deadline)
+                except Exception:
+                    continue
+    rates = _rates(seconds, flops, num_bytes)
+    missing = np.isnan(seconds)
+    estimate = rates.overhead_s + np.where(
+        flops > 0, flops / rates.flops_per_s, 2 * num_bytes / rates.bytes_per_s
+    )
+    return np.where(missing, estimate, seconds), rates
+
+
+def _rates(seconds: np.ndarray, flops: np.ndarray, num_bytes: np.ndarray) -> Rates:
+    rates = Rates()
+    timed = ~np.isnan(seconds)
+    heavy = timed & (flops > 1e6)
+    if heavy.any():
+        rates.flops_per_s = float(flops[heavy].sum() / max(seconds[heavy].sum(), 1e-9))
+    moving = timed & (flops == 0) & (num_bytes > 1e5) & (seconds > 5e-6)
+    if moving.any():
+        rates.bytes_per_s = float(2 * num_bytes[moving].sum() / max(seconds[moving].sum(), 1e-9))
+    return rates
+

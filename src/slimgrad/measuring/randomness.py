@@ -1,0 +1,74 @@
+"""Every random state that a step may draw from: torch on each device, Python's and NumPy's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class OutsideTorch:
+    """The states of Python's and NumPy's global generators."""
+
+    python: Any
+    numpy: Any
+
+    @staticmethod
+    def now() -> OutsideTorch:
+        """Read both."""
+        return OutsideTorch(random.getstate(), np.random.get_state())
+
+    def restore(self) -> None:
+        """Set both."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+
+@dataclass
+class RandomState:
+    """The state of every global generator."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+    outside: OutsideTorch
+
+    @staticmethod
+    def now() -> RandomState:
+        """Read all of them."""
+        on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        cuda = torch.cuda.get_rng_state_all() if on_gpu else []
+        return RandomState(torch.get_rng_state(), cuda, OutsideTorch.now())
+
+    def restore(self) -> None:
+        """Set all of them."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        self.outside.restore()
+
+    def same_as(self, other: RandomState) -> bool:
+        """Whether two states would draw the same numbers."""
+        return (
+            torch.equal(self.cpu, other.cpu)
+            and len(self.cuda) == len(other.cuda)
+            and all(torch.equal(a, b) for a, b in zip(self.cuda, other.cuda, strict=True))
+            and self.outside.python == other.outside.python
+            and all(np.array_equal(a, b) for a, b in zip(self.outside.numpy, other.outside.numpy, strict=True))
+        )
+
+
+@contextmanager
+def kept_randomness() -> Iterator[None]:
+    """Whatever the body draws, the random states afterwards are those from before."""
+    state = RandomState.now()
+    try:
+        yield
+    finally:
+        state.restore()

@@ -1,0 +1,266 @@
+"""One step as a list of operations and storage lifetimes: what a simulator needs, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
+
+from slimgrad.errors import LossError
+from slimgrad.host import LossFn, Share
+from slimgrad.measuring.clock import OpKey, op_key
+from slimgrad.measuring.fake import faked
+from slimgrad.measuring.ledger import MemoryTimeline, timeline_of
+from slimgrad.measuring.randomness import RandomState
+from slimgrad.measuring.tracker import Tracker, current_task, plain_tensors
+from slimgrad.types import Column
+
+
+@dataclass
+class Call:
+    """One call of a block's module: its forward is ticks ``[forward_from, forward_to)``.
+
+    ``inputs`` and ``outputs`` are storages that cross its border.
+    """
+
+    path: str
+    forward_from: int
+    forward_to: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    nodes: tuple[int, int] = (0, 0)  # sequence numbers of the autograd nodes made inside
+
+
+@dataclass
+class Trace:
+    """Storages and operations of a forward and backward pass.
+
+    One entry a storage: ``nbytes``, ``birth``, ``death`` (ticks; past the end: alive at the end), ``column``
+    (position in ``Column``). One entry a tick: ``op`` (position in ``keys``), ``op_call`` (position in
+    ``calls``, -1: none), ``op_backward``. ``gradients`` maps a parameter's name to its gradient's storage and
+    the tick at which it was complete.
+    """
+
+    nbytes: np.ndarray
+    birth: np.ndarray
+    death: np.ndarray
+    column: np.ndarray
+    num_ticks: int
+    op: np.ndarray
+    op_call: np.ndarray
+    op_backward: np.ndarray
+    calls: list[Call]
+    gradients: dict[str, tuple[int, int]]
+    module: np.ndarray
+    module_paths: list[str]
+    op_seconds: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    num_shares: int = 1
+
+    @property
+    def backward_from(self) -> int:
+        """The tick at which the first backward pass begins."""
+        at = np.flatnonzero(self.op_backward)
+        return int(at[0]) if at.size else self.num_ticks
+
+    def timeline(self) -> MemoryTimeline:
+        """Live bytes by column after each operation."""
+        marks = [(c.forward_from, c.path) for c in self.calls]
+        marks.append((self.backward_from, "backward begins"))
+        return timeline_of(
+            self.nbytes, self.birth, self.death, self.column, self.num_ticks, sorted(marks)
+        )
+
+
+class _Recorder:
+    """Follows the calls of blocks and the operations of one step."""
+
+    def __init__(self, tracker_for: Any, block_paths: Sequence[str], model: nn.Module) -> None:
+        self.keys: dict[OpKey, int] = tracker_for
+        self.calls: list[Call] = []
+        self.open: list[int] = []
+        self.op: list[int] = []
+        self.op_call: list[int] = []
+        self.op_backward: list[bool] = []
+        self.gradients: dict[str, tuple[int, int]] = {}
+        self.tracker: Tracker | None = None
+        self._handles: list[Any] = []
+        self._last = -1
+        for path in block_paths:
+            module = model.get_submodule(path)
+            self._handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                self._handles.append(
+                    parameter.register_post_accumulate_grad_hook(self._complete(name))
+                )
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, path: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            assert self.tracker is not None
+            if current_task() != -1:
+                return
+            seen = {self.tracker.see(t, born=0) for t in plain_tensors((args, kwargs))} - {None}
+            call = Call(path, self.tracker.tick, -1, tuple(sorted(seen)), (), (_get_sequence_nr(), 0))  # pyright: ignore
+            self.open.append(len(self.calls))
+            self.calls.append(call)
+
+        return hook
+
+    def _leave(self, _module: nn.Module, _args: Any, out: Any) -> None:
+        assert self.tracker is not None
+        if current_task() != -1 or not self.open:
+            return
+        call = self.calls[self.open.pop()]
+        call.forward_to = self.tracker.tick
+        call.nodes = (call.nodes[0], _get_sequence_nr())
+        leaves = plain_tensors(getattr(out, "__dict__", out) if not isinstance(out, (tuple, list, dict)) else out)
+        seen = {self.tracker.see(t) for t in ([out] if isinstance(out, Tensor) else leaves)} - {None}
+        call.outputs = tuple(sorted(seen))  # pyright: ignore
+
+    def _complete(self, name: str) -> Any:
+        def hook(parameter: Tensor) -> None:
+            assert self.tracker is not None
+            storage = self.tracker.see(parameter.grad) if parameter.grad is not None else None
+            if storage is not None:
+                self.gradients[name] = (storage, self.tracker.tick)
+
+        return hook
+
+    def on_op(self, _tick: int, func: Any, args: Any, kwargs: Any, _out: Any) -> None:
+        backward = current_task() != -1
+        if backward:
+            self._last = self._call_of_node(torch._C._current_autograd_node())
+        call = self._last if backward else (self.open[-1] if self.open else -1)
+        key = op_key(func, args, kwargs)
+        self.op.append(self.keys.setdefault(key, len(self.keys)))
+        self.op_call.append(call)
+        self.op_backward.append(backward)
+
+    def _call_of_node(self, node: Any) -> int:
+        number = node._sequence_nr() if node is not None else -1
+        if number < 0 or number >= 2**62:  # AccumulateGrad has no place of its own
+            return self._last
+        for index in range(len(self.calls) - 1, -1, -1):
+            if self.calls[index].nodes[0] <= number < self.calls[index].nodes[1]:
+                return index
+        return -1
+
+
+def trace_step(
+    model: nn.Module,
+    loss_fn: LossFn,
+    shares: Sequence[Share],
+    block_paths: Sequence[str],
+    keys: dict[OpKey, int],
+    *,
+    fake: bool = True,
+) -> Trace:
+    """Run one forward and backward pass for each share and note every storage and operation.
+
+    On fake tensors nothing is allocated. On real ones the model's buffers, gradients and the random state are
+    put back afterwards. ``keys`` collects the distinct operations over several traces.
+
+    Raises ``LossError`` where the loss is not a scalar with a gradient.
+    """
+    batches = [share.batch for share in shares]
+    if fake:
+        with faked(model, *batches) as fakes:
+            return _trace(model, loss_fn, [Share(b, s.weight) for b, s in zip(fakes, shares, strict=True)], block_paths, keys)
+    with untouched(model):
+        return _trace(model, loss_fn, shares, block_paths, keys)
+
+
+class untouched:  # noqa: N801
+    """Puts back a model's buffers and gradients and every random state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        self.gradients = [(p, p.grad) for p in self.model.parameters()]
+        for parameter, _ in self.gradients:
+            parameter.grad = None
+        self.random = RandomState.now()
+
+    def __exit__(self, *exc: Any) -> None:
+        self.random.restore()
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+
+
+def _trace(
+    model: nn.Module,
+    loss_fn: LossFn,
+    shares: Sequence[Share],
+    block_paths: Sequence[str],
+    keys: dict[OpKey, int],
+) -> Trace:
+    recorder = _Recorder(keys, block_paths, model)
+    tracker = Tracker(model, inputs=[s.batch for s in shares], on_op=recorder.on_op)
+    recorder.tracker = tracker
+    try:
+        with tracker:
+            for share in shares:
+                loss = checked_loss(loss_fn(model, share.batch))
+                (loss if share.weight == 1 else loss * share.weight).backward()
+                del loss
+    finally:
+        recorder.close()
+        for parameter in model.parameters():
+            parameter.grad = None
+    return _trace_of(tracker, recorder, len(shares))
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """``loss`` if it is a scalar tensor with a gradient; raises ``LossError`` saying what it is instead."""
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            f"loss_fn must return a scalar tensor, but returned {type(loss).__name__}: "
+            "return the loss alone, for example model(**batch).loss"
+        )
+    if loss.numel() != 1:
+        raise LossError(
+            f"loss_fn must return a scalar, but returned a tensor of shape {tuple(loss.shape)}: "
+            "reduce it with .mean() or .sum()"
+        )
+    if not loss.requires_grad:
+        raise LossError(
+            "the loss has no gradient: was it computed under torch.no_grad(), detached, or does no "
+            "parameter require a gradient?"
+        )
+    return loss
+
+
+def _trace_of(tracker: Tracker, recorder: _Recorder, num_shares: int) -> Trace:
+    order = {column: position for position, column in enumerate(Column)}
+    end = tracker.tick + 1
+    return Trace(
+        nbytes=np.array(tracker.nbytes, dtype=np.int64),
+        birth=np.array(tracker.birth, dtype=np.int64),
+        death=np.array([d if d >= 0 else end for d in tracker.death], dtype=np.int64),
+        column=np.array([order[c or Column.TEMPORARIES] for c in tracker.column], dtype=np.int64),
+        num_ticks=tracker.tick,
+        op=np.array(recorder.op, dtype=np.int64),
+        op_call=np.array(recorder.op_call, dtype=np.int64),
+        op_backward=np.array(recorder.op_backward, dtype=bool),
+        calls=recorder.calls,
+        gradients=recorder.gradients,
+        module=np.array(tracker.module, dtype=np.int64),
+        module_paths=list(tracker.module_paths),
+        num_shares=num_shares,
+    )

@@ -1,0 +1,188 @@
+"""Runs the step on parts of the batch one after another and adds their weighted gradients.
+
+Formula: L(batch) = sum_i w_i L(part_i), so grad L = sum_i w_i grad L(part_i). For a mean over samples
+    w_i = b_i / b; for a mean over the targets that count, w_i = n_i / n, with n_i the targets of part i that are
+    not ``ignore_index``; for a sum w_i = 1.
+Memory: activations and inputs' derivatives of one part instead of the whole batch, activations / num. Gradients
+    live through all parts. Time: the same operations on smaller tensors, num times.
+Exactness: exact, where the loss is such a mean or sum and no statistic spans the batch. Which weighting holds is
+    found by value, on the user's loss: the loss of a batch with uneven targets against its parts'.
+    With dropout the masks differ from the full batch's: the same distribution, other draws.
+Limits: batch norm in training mode (its statistics span the batch) is refused; so are losses for which no
+    weighting holds (contrastive losses), batches whose tensors disagree on the first dimension, and batches of
+    one sample.
+References: gradient accumulation is older than any paper on it; the memory law and the treatment of batch norm
+    are those of Huang et al., GPipe, section 2 (micro-batches). *departs:* no pipeline; weights by targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slimgrad.batches import batch_size, map_named, named_tensors, narrow
+from slimgrad.errors import BatchError, MethodError
+from slimgrad.host import Host, Share
+from slimgrad.measuring.fake import is_fake
+from slimgrad.measuring.trace import untouched
+from slimgrad.method import Block, Method, Offer, Paper, Refusal, Scope, Undo
+from slimgrad.types import Column, Exactness
+
+_WEIGHINGS = ("targets", "shifted_targets", "samples", "sum")
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """``num`` parts a batch. ``weigh`` is one of targets, shifted_targets (a causal LM's), samples, sum;
+    ``targets`` is the path of the target tensor in the batch."""
+
+    num: int = 2
+    weigh: str = "samples"
+    targets: str = ""
+    ignore_index: int = -100
+
+    column: ClassVar[Column] = Column.ACTIVATIONS
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+    scope: ClassVar[Scope] = Scope.MODEL
+    paper: ClassVar[Paper] = Paper(
+        "GPipe: Efficient Training of Giant Neural Networks using Pipeline Parallelism",
+        "Huang et al.",
+        2019,
+        "1811.06965",
+    )
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise MethodError(f"micro_batches needs num of at least 1, not {self.num}")
+        if self.weigh not in _WEIGHINGS:
+            raise MethodError(f"micro_batches weighs by one of {', '.join(_WEIGHINGS)}, not {self.weigh!r}")
+
+    @classmethod
+    def settings(cls, host: Host, batch: Any) -> Sequence[Method] | Refusal:
+        """Numbers of parts to measure: powers of two that leave at least one sample a part."""
+        size = batch_size(batch)
+        if size < 2:
+            return Refusal("the batch cannot be split along its first dimension into samples")
+        if has_batch_statistics(host.model):
+            return Refusal("batch norm's statistics span the batch")
+        if any(is_fake(p) for p in host.model.parameters()):
+            return Refusal("how the loss weighs its samples is found by value, and this model has none")
+        found = find_weighing(host, batch)
+        if found is None:
+            return Refusal("the loss is neither a mean nor a sum over samples or targets")
+        nums = [2**k for k in range(1, 6) if 2**k <= size]
+        return [cls(num, *found) for num in nums]
+
+    def offer(self, block: Block) -> Offer | Refusal:
+        """The measured step already runs in parts; refused where a statistic spans the batch."""
+        if block.model_record.has_batch_statistics:
+            return Refusal("batch norm's statistics span the batch")
+        masks = "; dropout masks differ from the full batch's" if block.model_record.has_dropout else ""
+        return Offer(block.model_record, f"{self.num} parts, weighed by {self.weigh}{masks}")
+
+    def attach(self, block: Block) -> Undo:
+        """Take over the splitting of batches."""
+        host = block.live
+        before, host.split = host.split, self.split
+        return Undo(lambda: setattr(host, "split", before))
+
+    def split(self, batch: Any) -> Sequence[Share]:
+        """The parts of ``batch`` and their weights; parts without a target that counts are left out."""
+        size = batch_size(batch)
+        if size == 0:
+            raise BatchError("micro-batches need tensors that agree on the length of their first dimension")
+        num = min(self.num, size)
+        edges = [size * i // num for i in range(num + 1)]
+        parts = [narrow(batch, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        counts = [self._count(part) for part in parts]
+        total = sum(counts)
+        if self.weigh == "sum" or not total:
+            return [Share(part, 1.0 if self.weigh == "sum" else 1 / num) for part in parts]
+        return [Share(p, c / total) for p, c in zip(parts, counts, strict=True) if c]
+
+    def _count(self, part: Any) -> int:
+        if self.weigh in ("samples", "sum"):
+            return batch_size(part)
+        targets = named_tensors(part)[self.targets]
+        if self.weigh == "shifted_targets":
+            targets = targets[:, 1:]
+        return int((targets != self.ignore_index).sum())
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether a module in training mode computes statistics over the batch."""
+    norms = (nn.modules.batchnorm._BatchNorm,)
+    return any(isinstance(m, norms) and m.training for m in model.modules())
+
+
+def find_weighing(host: Host, batch: Any) -> tuple[str, str] | None:
+    """The weighting under which parts reproduce the loss of the whole, and the path of its targets.
+
+    Found on a batch whose samples have one, two, three ... targets that count, where there are targets.
+    """
+    candidates = _target_paths(batch)
+    for path in candidates:
+        uneven = _uneven(batch, path)
+        for trial in ([uneven] if uneven is not None else []) + [batch]:
+            found = _weighing_that_holds(host, trial, path)
+            if found is not None:
+                return found
+    return None if candidates else _weighing_that_holds(host, batch, "")
+
+
+def _target_paths(batch: Any) -> list[str]:
+    whole = [(n, t) for n, t in named_tensors(batch).items() if t.dtype == torch.int64 and t.dim() >= 1]
+    named = [n for n, _ in whole if any(word in n.lower() for word in ("label", "target"))]
+    return named or [n for n, _ in whole[-1:]]
+
+
+def _uneven(batch: Any, path: str, ignore_index: int = -100) -> Any | None:
+    """``batch`` with sample i counting about i + 2 targets, the first of sample 0 at its very start."""
+    targets = named_tensors(batch)[path]
+    masked = torch.full_like(targets, ignore_index)
+    if targets.dim() == 1:
+        masked[1:] = targets[1:]
+    elif targets.shape[1] >= 4:
+        masked[0, :2] = targets[0, :2]
+        for i in range(1, targets.shape[0]):
+            masked[i, 1 : 4 + i] = targets[i, 1 : 4 + i]
+    else:
+        return None
+    return map_named(lambda name, t: masked if name == path else t, batch)
+
+
+def _weighing_that_holds(host: Host, batch: Any, path: str) -> tuple[str, str] | None:
+    was_training = [m for m in host.model.modules() if m.training]
+    try:
+        host.model.eval()
+        with untouched(host.model), torch.no_grad():
+            half = MicroBatches(2)
+            parts = [share.batch for share in half.split(batch)]
+            losses = [float(_loss(host, part)) for part in parts]
+            total = float(_loss(host, batch))
+    except Exception:
+        return None
+    finally:
+        for module in was_training:
+            module.training = True
+    errors: list[tuple[float, str]] = []
+    for weigh in _WEIGHINGS if path else _WEIGHINGS[2:]:
+        try:
+            shares = MicroBatches(2, weigh, path)
+            counts = [shares._count(part) for part in parts]
+        except IndexError:
+            continue
+        weights = [1.0 if weigh == "sum" else c / max(sum(counts), 1) for c in counts]
+        value = sum(w * x for w, x in zip(weights, losses, strict=True) if w)
+        errors.append((abs(value - total) / max(abs(total), 1e-12), weigh))
+    error, weigh = min(errors)
+    return (weigh, path) if error < 2e-5 else None
+
+
+def _loss(host: Host, batch: Any) -> Tensor:
+    loss = host.loss_fn(host.model, batch)
+    return loss.detach().float()

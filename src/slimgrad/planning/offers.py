@@ -1,0 +1,161 @@
+"""Asks every method of the catalogue: which schemes for the whole step, and which options for each block."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from slimgrad import catalogue
+from slimgrad.measuring.profile import Profile, Setting
+from slimgrad.measuring.trace import Trace
+from slimgrad.method import (
+    Block,
+    Method,
+    ModelRecord,
+    Offer,
+    Record,
+    Refusal,
+    Rewriting,
+    Scope,
+    method_name,
+)
+from slimgrad.planning.settings import block_record, model_record
+from slimgrad.planning.simulate import Layout
+from slimgrad.types import Exactness
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What the user allows: the loosest rung, and the methods of rung ``different`` named one by one."""
+
+    exactness: Exactness = Exactness.EXACT
+    allow: tuple[str, ...] = ()
+    error: float | None = None
+    clip_grad_norm: float | None = None
+
+    def permits(self, method: Method | type[Method]) -> bool:
+        """Whether a method may be used at all."""
+        if method.exactness is Exactness.DIFFERENT:
+            return method_name(method) in self.allow
+        return self.exactness.allows(method.exactness)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One method, or several composed, offered for one block."""
+
+    path: str
+    methods: tuple[Method, ...]
+    record: Record
+    note: str
+    added_s: float
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to run the whole step: a traced variant, and the methods of scope ``model`` on top of it."""
+
+    variant: tuple[Setting, ...]
+    methods: tuple[tuple[Method, str], ...]  # with their notes, in the order in which they are attached
+    record: ModelRecord
+    trace: Trace
+
+    @property
+    def repeats(self) -> float:
+        """How often the traced passes are run in one step."""
+        return self.record.micro_batches / self.trace.num_shares
+
+    @property
+    def seconds(self) -> float:
+        """One step with every block kept as it is."""
+        return float(self.trace.op_seconds.sum()) * self.repeats + self.record.update_s + self.record.extra_s
+
+
+def check_allowed(names: Sequence[str]) -> None:
+    """Raise ``MethodError`` for a name in ``allow`` that is no method."""
+    for name in names:
+        catalogue.get(name)
+
+
+def schemes(profile: Profile, allowed: Allowed) -> list[Scheme]:
+    """Every scheme that the allowed methods offer, fastest first."""
+    found: list[Scheme] = []
+    for variant, trace in profile.variants.items():
+        rewriting = [catalogue.get(name, **dict(fields)) for name, fields in variant]
+        if not all(allowed.permits(m) for m in rewriting):
+            continue
+        parts = max((getattr(m, "num", 1) for m in rewriting), default=1)
+        record = model_record(profile, parts, allowed.clip_grad_norm)
+        first = _compose(rewriting, record)
+        if first is None:
+            continue
+        for subset in _subsets(_model_methods(allowed)):
+            composed = _compose(subset, first[0])
+            if composed is not None:
+                found.append(Scheme(variant, first[1] + composed[1], composed[0], trace))
+    return sorted(found, key=lambda s: s.seconds)
+
+
+def _model_methods(allowed: Allowed) -> list[Method]:
+    methods: list[Method] = []
+    for cls in catalogue.methods().values():
+        plain = cls.scope is Scope.MODEL and not isinstance(cls, Rewriting)
+        if plain and allowed.permits(cls):
+            methods.append(cls())
+    return methods
+
+
+def _subsets(methods: Sequence[Method]) -> Iterator[tuple[Method, ...]]:
+    for size in range(len(methods) + 1):
+        yield from itertools.combinations(methods, size)
+
+
+def _compose(
+    methods: Sequence[Method], record: ModelRecord
+) -> tuple[ModelRecord, tuple[tuple[Method, str], ...]] | None:
+    """Offer the record to each method in the order in which they are attached; None if one refuses."""
+    taken: list[tuple[Method, str]] = []
+    for method in sorted(methods, key=attach_order):
+        offer = method.offer(Block("", Scope.MODEL, record))
+        if isinstance(offer, Refusal):
+            return None
+        assert isinstance(offer.record, ModelRecord)
+        record = offer.record
+        taken.append((method, offer.note))
+    return record, tuple(taken)
+
+
+def attach_order(method: Method) -> tuple[int, int, str]:
+    """Rewriting methods first, then what stores, then what decides when updates happen."""
+    order = {"optimizer_state": 1, "gradients": 2}
+    column = order.get(method.column.value, 0)
+    return (0 if isinstance(type(method), Rewriting) else 1, column, method_name(method))
+
+
+def options(profile: Profile, scheme: Scheme, layout: Layout, allowed: Allowed) -> list[Option]:
+    """For each block, what each method of scope ``block`` offers (keeping it as it is is always possible)."""
+    found: list[Option] = []
+    methods = [c() for c in catalogue.methods().values() if c.scope is Scope.BLOCK and allowed.permits(c)]
+    for path, block in layout.blocks.items():
+        record = block_record(profile, scheme.trace, block)
+        for method in methods:
+            offer = method.offer(Block(path, Scope.BLOCK, record))
+            if isinstance(offer, Offer) and isinstance(offer.record, Record):
+                added = (offer.record.seconds - record.seconds) * scheme.repeats
+                found.append(Option(path, (method,), offer.record, offer.note, added))
+    return found
+
+
+def refusals(profile: Profile, allowed: Allowed) -> dict[str, str]:
+    """Why methods of scope ``model`` are not used: their own reasons."""
+    reasons = dict(profile.refusals)
+    record = model_record(profile, 1, allowed.clip_grad_norm)
+    for name, cls in catalogue.methods().items():
+        if not allowed.permits(cls):
+            reasons[name] = f"its rung, {cls.exactness}, is looser than {allowed.exactness}"
+        elif cls.scope is Scope.MODEL and not isinstance(cls, Rewriting):
+            offer = cls().offer(Block("", Scope.MODEL, record))
+            if isinstance(offer, Refusal):
+                reasons[name] = offer.reason
+    return reasons

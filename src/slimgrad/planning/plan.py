@@ -1,0 +1,286 @@
+"""``plan``: from a profile and a budget to a Plan, the fastest allowed set of methods that fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slimgrad.errors import BudgetError, PlanError
+from slimgrad.measuring.ledger import MemoryTimeline
+from slimgrad.measuring.profile import Profile, versions
+from slimgrad.method import Method, Update, hyperparameters, method_name
+from slimgrad.planning.offers import Allowed, Scheme, check_allowed, options, refusals, schemes
+from slimgrad.planning.settings import layout_of
+from slimgrad.planning.simulate import Changes, Layout
+from slimgrad.planning.solve import Programme, Solution
+from slimgrad.types import Budget, BudgetLike, Column, Exactness, format_bytes
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One method on one block (``path`` empty: on the whole step), and what it is predicted to change.
+
+    ``freed`` maps a column to the bytes by which its highest instant falls when this choice is added to the
+    ones before it (negative: rises).
+    """
+
+    path: str
+    method: str
+    fields: Mapping[str, Any]
+    note: str = ""
+    freed: Mapping[str, int] = field(default_factory=dict)
+    added_s: float = 0.0
+
+
+@dataclass
+class Plan:
+    """What is done where, with the predicted peak and time. Prints as a table, saves as JSON."""
+
+    fingerprint: str
+    budget: str
+    budget_bytes: int
+    exactness: Exactness
+    plain_peak_bytes: int
+    plain_seconds: float
+    peak_bytes: int
+    seconds: float
+    choices: tuple[Choice, ...]
+    columns: Mapping[str, int]
+    refusals: Mapping[str, str]
+    allow: tuple[str, ...] = ()
+    clip_grad_norm: float | None = None
+    needs_step: tuple[str, ...] = ()
+    device: str = "cpu"
+    tightened_bytes: int = 0
+    versions: Mapping[str, str] = field(default_factory=versions)
+    timeline: MemoryTimeline | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def loosest(self) -> Exactness:
+        """The loosest rung among the methods chosen."""
+        from slimgrad import catalogue
+
+        rungs = [catalogue.get(c.method).exactness for c in self.choices]
+        return max(rungs, key=lambda e: e.rung, default=Exactness.BITWISE)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        out = {n: getattr(self, n) for n in Plan.__dataclass_fields__ if n != "timeline"}
+        return out | {"format": FORMAT, "choices": [asdict(c) for c in self.choices]}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, one choice a line and keys in a fixed order, so that two plans can be compared."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1, default=str) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan written by ``save``; raises ``PlanError`` if it is not one."""
+        try:
+            data = json.loads(Path(path).read_text())
+            return plan_from_json(data)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{path} is not a plan written by Plan.save: {error!r}") from error
+
+    def __str__(self) -> str:
+        from slimgrad.planning.table import plan_table
+
+        return plan_table(self)
+
+
+def plan_from_json(data: Mapping[str, Any]) -> Plan:
+    """A plan from plain data; raises KeyError, TypeError or ValueError where it is not one."""
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']} is not {FORMAT}")
+    known = {n: data[n] for n in Plan.__dataclass_fields__ if n in data}
+    known |= {
+        "exactness": Exactness(data["exactness"]),
+        "choices": tuple(Choice(**c) for c in data["choices"]),
+        "allow": tuple(data["allow"]),
+        "needs_step": tuple(data["needs_step"]),
+    }
+    for name in ("budget_bytes", "peak_bytes", "plain_peak_bytes"):
+        if not isinstance(known[name], int):
+            raise TypeError(f"{name} is {known[name]!r}, not a number of bytes")
+    return Plan(**known)
+
+
+def plan(
+    profile: Profile,
+    budget: BudgetLike,
+    *,
+    exactness: Exactness | str = Exactness.EXACT,
+    error: float | None = None,
+    allow: Sequence[str] = (),
+    largest_batch: Any = None,
+    clip_grad_norm: float | None = None,
+    reserve_bytes: int = 0,
+) -> Plan:
+    """The fastest set of allowed methods whose predicted peak fits the budget.
+
+    ``reserve_bytes`` is kept free below the budget (what measuring showed the prediction to be short of).
+
+    Raises ``BudgetFormatError`` for a budget that cannot be read, ``BudgetError`` where nothing allowed fits,
+    with the smallest peak that does and what looser rungs would reach.
+    """
+    asked = Budget.parse(budget)
+    allowed = Allowed(_rung(exactness), tuple(allow), error, clip_grad_norm)
+    check_allowed(allowed.allow)
+    found = schemes(profile, allowed)
+    limit = asked.resolve(profile.peak_bytes)
+    workbench = _Workbench(profile, allowed)
+    if limit is None:
+        best = workbench.leanest(found)
+        limit = best.peak_bytes
+    else:
+        best = workbench.fastest(found, limit - reserve_bytes)
+        if best is None:
+            raise _does_not_fit(profile, allowed, workbench.leanest(found), limit, asked)
+    return _plan_of(profile, allowed, asked, limit, best)
+
+
+def _rung(exactness: Exactness | str) -> Exactness:
+    try:
+        return Exactness(exactness)
+    except ValueError:
+        rungs = ", ".join(repr(e.value) for e in Exactness)
+        raise PlanError(f"exactness must be one of {rungs}, not {exactness!r}") from None
+
+
+class _Workbench:
+    """Programmes of schemes, made once each; layouts are shared by schemes of one traced variant."""
+
+    def __init__(self, profile: Profile, allowed: Allowed) -> None:
+        self.profile, self.allowed = profile, allowed
+        self._layouts: dict[int, Layout] = {}
+
+    def programme(self, scheme: Scheme) -> Programme:
+        key = id(scheme.trace)
+        if key not in self._layouts:
+            self._layouts[key] = layout_of(self.profile, scheme.trace)
+        layout = self._layouts[key]
+        return Programme(scheme, layout, options(self.profile, scheme, layout, self.allowed))
+
+    def fastest(self, found: list[Scheme], limit: int) -> Solution | None:
+        best: Solution | None = None
+        for scheme in found:  # fastest first: a scheme that is slower with nothing added cannot win
+            if best is not None and scheme.seconds >= best.seconds:
+                break
+            solution = self.programme(scheme).least_seconds(limit)
+            if solution is not None and (best is None or solution.seconds < best.seconds):
+                best = solution
+        return best
+
+    def leanest(self, found: list[Scheme]) -> Solution:
+        best: Solution | None = None
+        for scheme in found:
+            solution = self.programme(scheme).least_peak()
+            if best is None or (solution.peak_bytes, solution.seconds) < (best.peak_bytes, best.seconds):
+                best = solution
+        assert best is not None
+        return best
+
+
+def _does_not_fit(
+    profile: Profile, allowed: Allowed, leanest: Solution, limit: int, asked: Budget
+) -> BudgetError:
+    by_rung: dict[str, int] = {}
+    for rung in Exactness:
+        if rung.rung > allowed.exactness.rung and rung is not Exactness.DIFFERENT:
+            looser = Allowed(rung, allowed.allow, allowed.error, allowed.clip_grad_norm)
+            solution = _Workbench(profile, looser).leanest(schemes(profile, looser))
+            if solution.peak_bytes < leanest.peak_bytes:
+                by_rung[rung.value] = solution.peak_bytes
+    rungs = "".join(f"; with exactness={r!r} {format_bytes(b)}" for r, b in by_rung.items())
+    return BudgetError(
+        f"no plan fits the budget {asked.text} ({format_bytes(limit)}): with exactness="
+        f"{allowed.exactness.value!r} the smallest peak is {format_bytes(leanest.peak_bytes)} "
+        f"({leanest.peak_bytes} bytes){rungs}. Plain training peaks at {format_bytes(profile.peak_bytes)}. "
+        "Give a larger budget, a smaller batch, or budget='min'",
+        smallest_bytes=leanest.peak_bytes,
+        by_rung=by_rung,
+    )
+
+
+def _plan_of(profile: Profile, allowed: Allowed, asked: Budget, limit: int, best: Solution) -> Plan:
+    timeline = best.layout.timeline(best.changes)
+    return Plan(
+        fingerprint=profile.fingerprint,
+        budget=asked.text,
+        budget_bytes=limit,
+        exactness=allowed.exactness,
+        plain_peak_bytes=profile.peak_bytes,
+        plain_seconds=profile.forward_s + profile.backward_s + profile.update_s,
+        peak_bytes=best.peak_bytes,
+        seconds=best.seconds,
+        choices=tuple(_choices(profile, best)),
+        columns={c.value: v for c, v in timeline.at_peak().items()},
+        refusals=refusals(profile, allowed),
+        allow=allowed.allow,
+        clip_grad_norm=allowed.clip_grad_norm,
+        needs_step=tuple(_needs_step(best)),
+        device=profile.device,
+        timeline=timeline,
+    )
+
+
+def _needs_step(best: Solution) -> list[str]:
+    reasons: list[str] = []
+    if best.scheme.record.micro_batches > 1:
+        reasons.append("micro-batches")
+    if best.scheme.record.update is Update.DURING:
+        reasons.append("updates during backward")
+    if best.scheme.record.gradients_in_files:
+        reasons.append("gradients in files")
+    if best.scheme.record.state_in_files:
+        reasons.append("optimizer state off the device")
+    return reasons
+
+
+def _choices(profile: Profile, best: Solution) -> list[Choice]:
+    """The choices in the order of attachment, with what each frees beyond those before it."""
+    scheme = best.scheme
+    plain = {c.value: v for c, v in profile.columns.items()}
+    made: list[Choice] = []
+    rewriting = [(m, n) for m, n in scheme.methods if method_name(m) in dict(scheme.variant)]
+    others = [(m, n) for m, n in scheme.methods if method_name(m) not in dict(scheme.variant)]
+    base = _column_peaks(best.layout, Changes())
+    for index, (method, note) in enumerate(rewriting):
+        freed = _difference(plain, base) if index == 0 else {}
+        made.append(_choice("", method, note, freed, 0.0))
+    for method, note in others:
+        column = method.column.value
+        freed = {column: _freed_by_model_method(best, method, profile)}
+        made.append(_choice("", method, note, freed, scheme.record.extra_s if column == "optimizer_state" else 0.0))
+    for option in best.options:
+        freed_bytes = option.record.saved_bytes - option.record.held_bytes
+        for method in option.methods:
+            made.append(
+                _choice(option.path, method, option.note, {Column.ACTIVATIONS.value: freed_bytes}, option.added_s)
+            )
+    return made
+
+
+def _freed_by_model_method(best: Solution, method: Method, profile: Profile) -> int:
+    record = best.scheme.record
+    if method.column is Column.OPTIMIZER_STATE:
+        return profile.law.state_bytes - record.buffer_bytes
+    peaks = _column_peaks(best.layout, best.changes)
+    return record.gradient_bytes - peaks.get(Column.GRADIENTS.value, 0)
+
+
+def _column_peaks(layout: Layout, changes: Changes) -> dict[str, int]:
+    return {c.value: int(v.max(initial=0)) for c, v in layout.timeline(changes).columns.items()}
+
+
+def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    columns = (Column.ACTIVATIONS.value, Column.TEMPORARIES.value)
+    return {c: before[c] - after[c] for c in columns if before[c] != after[c]}
+
+
+def _choice(path: str, method: Method, note: str, freed: Mapping[str, int], added_s: float) -> Choice:
+    return Choice(path, method_name(method), dict(hyperparameters(method)), note, freed, added_s)

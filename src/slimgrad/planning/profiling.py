@@ -1,0 +1,227 @@
+"""``measure``: one step of the user's, and one for each rewriting method's settings, turned into a Profile."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.optim import Optimizer
+
+from slimgrad import catalogue
+from slimgrad.batches import batch_size, check_batch
+from slimgrad.errors import LossError, ModelError, SlimgradError
+from slimgrad.host import Host, LossFn
+from slimgrad.measuring.blocks import cut
+from slimgrad.measuring.clock import OpKey, time_operations
+from slimgrad.measuring.fake import is_fake
+from slimgrad.measuring.optimizer import OptimizerLaw, no_optimizer, optimizer_law
+from slimgrad.measuring.profile import ModuleCost, Profile, Setting, fingerprint, versions
+from slimgrad.measuring.trace import Trace, trace_step
+from slimgrad.measuring.tracker import device_of
+from slimgrad.method import Block, Method, Refusal, Rewriting, Scope, hyperparameters, method_name
+from slimgrad.methods.gradients.micro_batches import has_batch_statistics
+from slimgrad.planning.simulate import Layout, call_bytes, call_seconds
+from slimgrad.planning.settings import plain_record
+from slimgrad.storage import measure_bandwidth, open_store
+
+
+def measure(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    limit_bytes: int | None = None,
+    limit_s: float = 20.0,
+) -> Profile:
+    """Measure where the memory and the time of one training step go. Changes nothing.
+
+    Bytes come from fake tensors: nothing is allocated for them. Seconds come from single operations run for
+    real, none of which takes more than ``limit_bytes`` (default: unlimited) nor all of them much more than
+    ``limit_s`` seconds. ``optimizer=None`` measures a forward and backward pass alone.
+
+    Raises ``BatchError``, ``ModelError``, ``LossError`` or ``UnsupportedError`` for input that cannot be
+    trained on.
+    """
+    check_model(model, optimizer)
+    check_batch(batch, device_of(model))
+    names = {id(p): name for name, p in model.named_parameters()}
+    host = Host(model, optimizer, loss_fn)
+    keys: dict[OpKey, int] = {}
+    paths = cut(model)
+    traces: dict[tuple[Setting, ...], Trace] = {(): _traced(host, batch, paths, keys)}
+    refusals: dict[str, str] = {}
+    for methods in _rewritings(host, batch, refusals):
+        with _attached(host, methods):
+            key = tuple(setting_of(m) for m in methods)
+            traces[key] = _traced(host, batch, paths, keys)
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    law = no_optimizer(trainable) if optimizer is None else optimizer_law(optimizer, names)
+    seconds, rates = time_operations(list(keys), limit_bytes=limit_bytes, limit_s=limit_s)
+    for trace in traces.values():
+        trace.op_seconds = seconds[trace.op]
+    return _profile(host, batch, traces, law, rates, refusals)
+
+
+def check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Raise ``ModelError`` for a model in which nothing is trained, or an optimizer of another model."""
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    if not trainable:
+        raise ModelError(
+            "no parameter of the model requires a gradient: unfreeze some with requires_grad_(True)"
+        )
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not held & trainable:
+        raise ModelError(
+            "the optimizer holds no trainable parameter of this model: build it from model.parameters() "
+            "(after moving or converting the model)"
+        )
+
+
+def setting_of(method: Method) -> Setting:
+    """A method's name and fields, as a profile or plan keeps them."""
+    return (method_name(method), tuple(hyperparameters(method).items()))
+
+
+def method_of(setting: Setting) -> Method:
+    """The method that a setting names."""
+    return catalogue.get(setting[0], **dict(setting[1]))
+
+
+def _traced(host: Host, batch: Any, paths: list[str], keys: dict[OpKey, int]) -> Trace:
+    shares = list(host.split(batch))[:2]  # the second part is like all later ones
+    try:
+        return trace_step(host.model, host.loss_fn, shares, paths, keys)
+    except SlimgradError:
+        raise
+    except Exception as fake_error:
+        if any(is_fake(p) for p in host.model.parameters()):
+            raise
+        try:
+            return trace_step(host.model, host.loss_fn, shares, paths, keys, fake=False)
+        except SlimgradError:
+            raise
+        except Exception as error:
+            raise LossError(
+                f"one forward and backward pass of loss_fn failed: {error!r} (on fake tensors: {fake_error!r})"
+            ) from error
+
+
+def _rewritings(host: Host, batch: Any, refusals: dict[str, str]) -> Iterator[tuple[Method, ...]]:
+    """Every combination of at most one setting of each rewriting method, the empty one apart."""
+    combinations: list[tuple[Method, ...]] = [()]
+    for name, cls in catalogue.methods().items():
+        if not isinstance(cls, Rewriting):
+            continue
+        leanest = max(combinations, key=len)
+        with _attached(host, leanest):
+            settings = cls.settings(host, batch)
+        if isinstance(settings, Refusal):
+            refusals[name] = settings.reason
+            continue
+        combinations += [(*c, s) for c in list(combinations) for s in settings]
+    yield from combinations[1:]
+
+
+class _attached:  # noqa: N801
+    """The methods attached to the whole model within the body."""
+
+    def __init__(self, host: Host, methods: Iterable[Method]) -> None:
+        self.host, self.methods = host, list(methods)
+
+    def __enter__(self) -> None:
+        self.undos = [m.attach(Block("", Scope.MODEL, host=self.host)) for m in self.methods]
+
+    def __exit__(self, *exc: Any) -> None:
+        for undo in reversed(self.undos):
+            undo()
+
+
+def _profile(
+    host: Host, batch: Any, traces: Any, law: OptimizerLaw, rates: Any, refusals: dict[str, str]
+) -> Profile:
+    model, plain = host.model, traces[()]
+    weights = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    read, write = _bandwidth(host)
+    layout = Layout(plain, law, law.state_bytes)
+    timeline = layout.timeline(layout.model_changes(plain_record(law)))
+    backward = plain.op_backward
+    return Profile(
+        fingerprint=fingerprint(model, host.optimizer),
+        device=str(host.device),
+        batch_size=batch_size(batch),
+        weight_bytes=sum(weights.values()),
+        trainable_bytes=sum(p.nbytes for p in law.parameters),
+        variants=traces,
+        law=law,
+        rates=rates,
+        modules=module_costs(model, layout),
+        refusals=refusals,
+        has_batch_statistics=has_batch_statistics(model),
+        has_dropout=_has_dropout(model),
+        read_bytes_s=read,
+        write_bytes_s=write,
+        plain_timeline=timeline,
+        forward_s=float(plain.op_seconds[~backward].sum()),
+        backward_s=float(plain.op_seconds[backward].sum()),
+        update_s=law.seconds_per_element * sum(int(np.prod(p.shape)) for p in law.parameters),
+        versions=versions(),
+    )
+
+
+def _bandwidth(host: Host) -> tuple[float, float]:
+    if any(is_fake(p) for p in host.model.parameters()):
+        return 1e9, 1e9
+    with tempfile.TemporaryDirectory(prefix="slimgrad-") as folder:
+        store = open_store(host.device, Path(folder))
+        try:
+            return measure_bandwidth(store)
+        finally:
+            store.close()
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    dropouts = (nn.modules.dropout._DropoutNd,)
+    by_module = any(isinstance(m, dropouts) and m.p > 0 and m.training for m in model.modules())
+    return by_module or any(getattr(m, "dropout", 0.0) for m in model.modules() if isinstance(m, nn.RNNBase))
+
+
+def module_costs(model: nn.Module, layout: Layout) -> list[ModuleCost]:
+    """One row a block, and one for all that is outside blocks."""
+    trace, rows = layout.trace, list[ModuleCost]()
+    for path, block in layout.blocks.items():
+        module = model.get_submodule(path)
+        rows.append(
+            ModuleCost(
+                path,
+                type(module).__name__,
+                sum(p.numel() * p.element_size() for p in module.parameters()),
+                sum(call_bytes(trace, s) for s in block.saved.values()),
+                call_seconds(trace, block.calls, backward=False),
+                call_seconds(trace, block.calls, backward=True),
+            )
+        )
+    activations = trace.timeline().columns
+    outside = max(0, int(max(activations["activations"])) - sum(r.activation_bytes for r in rows))
+    loose = trace.op_call < 0
+    held = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    inside = sum(r.weight_bytes for r in rows)
+    rows.append(
+        ModuleCost(
+            "(outside blocks)",
+            type(model).__name__,
+            max(0, sum(held.values()) - inside),
+            outside,
+            float(trace.op_seconds[loose & ~trace.op_backward].sum()),
+            float(trace.op_seconds[loose & trace.op_backward].sum()),
+        )
+    )
+    return rows
+
+

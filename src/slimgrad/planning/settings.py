@@ -1,0 +1,66 @@
+"""From a profile to the records that methods are offered: one for each block and one for the whole step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from slimgrad.measuring.optimizer import OptimizerLaw
+from slimgrad.measuring.profile import Profile
+from slimgrad.measuring.trace import Trace
+from slimgrad.method import ModelRecord, Record
+from slimgrad.planning.simulate import BlockLayout, Layout, border_bytes, call_bytes, call_seconds
+
+
+def plain_record(law: OptimizerLaw) -> ModelRecord:
+    """The record of a step in which nothing is changed."""
+    return ModelRecord(
+        weight_bytes=0,
+        gradient_bytes=sum(p.nbytes for p in law.parameters),
+        state_bytes=law.state_bytes,
+        state_tensors=law.state_tensors,
+        largest_parameter_bytes=max((p.nbytes for p in law.parameters), default=0),
+        update_s=law.seconds_per_element * sum(int(np.prod(p.shape)) for p in law.parameters),
+        batch_size=0,
+        separable=law.separable,
+        elementwise=law.elementwise,
+    )
+
+
+def model_record(profile: Profile, num_parts: int, clip_grad_norm: float | None) -> ModelRecord:
+    """The record of a whole step of ``profile``, run in ``num_parts`` micro-batches."""
+    return replace(
+        plain_record(profile.law),
+        weight_bytes=profile.weight_bytes,
+        batch_size=profile.batch_size,
+        has_batch_statistics=profile.has_batch_statistics,
+        has_dropout=profile.has_dropout,
+        clip_grad_norm=clip_grad_norm,
+        read_bytes_s=profile.read_bytes_s,
+        write_bytes_s=profile.write_bytes_s,
+        micro_batches=num_parts,
+        gradient_bytes=profile.trainable_bytes if profile.law.state_tensors or profile.law.separable else 0,
+    )
+
+
+def block_record(profile: Profile, trace: Trace, block: BlockLayout) -> Record:
+    """The record of a block as it was measured."""
+    saved = sum(call_bytes(trace, s) for s in block.saved.values())
+    borders = [border_bytes(trace, trace.calls[c]) for c in block.calls]
+    return Record(
+        saved_bytes=saved,
+        held_bytes=saved,
+        input_bytes=sum(b[0] for b in borders),
+        output_bytes=sum(b[1] for b in borders),
+        forward_s=call_seconds(trace, block.calls, backward=False),
+        backward_s=call_seconds(trace, block.calls, backward=True),
+        has_batch_statistics=profile.has_batch_statistics,
+        read_bytes_s=profile.read_bytes_s,
+        write_bytes_s=profile.write_bytes_s,
+    )
+
+
+def layout_of(profile: Profile, trace: Trace) -> Layout:
+    """The trace laid out for replays, with the profile's optimizer."""
+    return Layout(trace, profile.law, profile.law.state_bytes)

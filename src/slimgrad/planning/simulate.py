@@ -1,0 +1,267 @@
+"""Replays a traced step under a plan: the live bytes at every instant, in about a millisecond a plan.
+
+The traced step is laid out on *slots*. One slot an operation; before a block's backward a window in which its
+forward may be replayed; after each completed gradient a slot for that parameter's update; at the end slots for
+what the optimizer does then. Every choice is a set of changes at slots, (slot, bytes), that start or end
+lifetimes; the live bytes are their running sum. So choices add up, except where two of them keep the same
+border tensor alive: that is taken once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from slimgrad.measuring.ledger import MemoryTimeline
+from slimgrad.measuring.optimizer import OptimizerLaw
+from slimgrad.measuring.trace import Call, Trace
+from slimgrad.method import ModelRecord, Record, Restore, Update
+from slimgrad.types import Column
+
+_POSITION = {column: position for position, column in enumerate(Column)}
+
+
+@dataclass
+class Changes:
+    """Lifetimes that start (+) or end (-) at slots, each with its column."""
+
+    slot: list[int] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+    column: list[int] = field(default_factory=list)
+
+    def span(self, start: int, stop: int, nbytes: float, column: int) -> None:
+        """``nbytes`` live in slots ``start`` to ``stop`` (negative: no longer live there)."""
+        if start < stop and nbytes:
+            self.slot += [start, stop]
+            self.nbytes += [int(nbytes), -int(nbytes)]
+            self.column += [column, column]
+
+    def extend(self, other: Changes) -> None:
+        """Add another set."""
+        self.slot += other.slot
+        self.nbytes += other.nbytes
+        self.column += other.column
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The calls of one block, and what it saves inside."""
+
+    path: str
+    calls: tuple[int, ...]
+    saved: Mapping[int, tuple[int, ...]]  # call -> storages its backward needs, made inside
+
+
+class Layout:
+    """A trace laid out on slots, ready to be replayed under any choices."""
+
+    def __init__(self, trace: Trace, law: OptimizerLaw, state_bytes: int) -> None:
+        self.trace, self.law, self.state_bytes = trace, law, state_bytes
+        self._place()
+        self.blocks = self._blocks()
+
+    def _place(self) -> None:
+        trace, num = self.trace, self.trace.num_ticks
+        before, after = np.zeros(num + 2, dtype=np.int64), np.zeros(num + 2, dtype=np.int64)
+        self.backward_tick: dict[int, int] = {}
+        for tick, call in zip(
+            np.flatnonzero(trace.op_backward) + 1, trace.op_call[trace.op_backward], strict=True
+        ):
+            self.backward_tick.setdefault(int(call), int(tick))
+        self.backward_tick.pop(-1, None)
+        offset: dict[int, int] = {}
+        for index, tick in self.backward_tick.items():
+            call = trace.calls[index]
+            offset[index] = int(before[tick])
+            before[tick] += call.forward_to - call.forward_from + 2
+        order: dict[str, int] = {}
+        for name, (_, tick) in trace.gradients.items():
+            order[name] = int(after[tick])
+            after[tick] += 1
+        self.at = np.arange(num + 2) + np.cumsum(before) + np.concatenate(([0], np.cumsum(after)[:-1]))
+        self.drop = self.at - before  # a storage with death d is gone from slot drop[d] on
+        self.window = {i: int(self.drop[t]) + offset[i] for i, t in self.backward_tick.items()}
+        self.update_slot = {
+            name: int(self.at[tick]) + 1 + order[name] for name, (_, tick) in trace.gradients.items()
+        }
+        self.end = int(self.at[num]) + int(after[num]) + 1
+        self.finish_slot = {p.name: self.end + 1 + i for i, p in enumerate(self.law.parameters)}
+        self.num_slots = self.end + 2 + len(self.law.parameters)
+
+    def _blocks(self) -> dict[str, BlockLayout]:
+        trace = self.trace
+        by_path: dict[str, list[int]] = {}
+        for index, call in enumerate(trace.calls):
+            by_path.setdefault(call.path, []).append(index)
+        return {
+            path: BlockLayout(path, tuple(calls), {c: self._saved(c) for c in calls})
+            for path, calls in by_path.items()
+        }
+
+    def _saved(self, index: int) -> tuple[int, ...]:
+        """Storages made inside a call that its backward still needs, its outputs apart."""
+        trace, call = self.trace, self.trace.calls[index]
+        tick = self.backward_tick.get(index)
+        if tick is None:
+            return ()
+        inside = (trace.birth > call.forward_from) & (trace.birth <= call.forward_to)
+        needed = inside & (trace.death > tick) & (trace.column == _POSITION[Column.ACTIVATIONS])
+        return tuple(int(i) for i in np.flatnonzero(needed) if i not in set(call.outputs))
+
+    # -- the step as it was traced -----------------------------------------------------------------
+
+    @cached_property
+    def base(self) -> Changes:
+        """The traced forward and backward passes, gradients kept to the end; no optimizer."""
+        trace = self.trace
+        stop = np.where(
+            trace.death > trace.num_ticks,
+            self.num_slots,
+            self.drop[np.minimum(trace.death, trace.num_ticks + 1)],
+        )
+        changes = Changes()
+        changes.slot = np.concatenate((self.at[trace.birth], stop)).tolist()
+        changes.nbytes = np.concatenate((trace.nbytes, -trace.nbytes)).tolist()
+        changes.column = np.concatenate((trace.column, trace.column)).tolist()
+        return changes
+
+    # -- choices -----------------------------------------------------------------------------------
+
+    def block_changes(self, path: str, record: Record) -> Changes:
+        """What changes when block ``path`` behaves as ``record`` says, held inputs apart."""
+        changes = Changes()
+        if record.restore is Restore.NONE and record.held_bytes >= record.saved_bytes:
+            return changes
+        share = record.held_bytes / record.saved_bytes if record.saved_bytes else 1.0
+        for index, saved in self.blocks[path].saved.items():
+            if index not in self.window:
+                continue
+            call = self.trace.calls[index]
+            gone = int(self.drop[call.forward_to + 1])
+            back = self._restored_at(index, record.restore)
+            for storage in saved:
+                nbytes, column = int(self.trace.nbytes[storage]), int(self.trace.column[storage])
+                here = back + (int(self.trace.birth[storage]) - call.forward_from if record.restore is Restore.REPLAY else 0)
+                changes.span(gone, here, -nbytes * (1 - share), column)
+            if record.restore is Restore.REPLAY:
+                self._replayed_temporaries(changes, index, saved)
+        return changes
+
+    def _restored_at(self, index: int, restore: Restore) -> int:
+        if restore is not Restore.COPY:
+            return self.window[index]
+        later = [w for w in self.window.values() if w < self.window[index]]
+        return max(later, default=self.window[index])  # one block ahead
+
+    def _replayed_temporaries(self, changes: Changes, index: int, saved: tuple[int, ...]) -> None:
+        trace, call = self.trace, self.trace.calls[index]
+        if not saved:
+            return
+        last = max(int(trace.birth[s]) for s in saved)  # recomputation stops at the last tensor needed
+        start = self.window[index] - call.forward_from
+        inside = (trace.birth > call.forward_from) & (trace.birth <= last)
+        for storage in np.flatnonzero(inside & (trace.death <= call.forward_to + 1)):
+            birth, death = int(trace.birth[storage]), min(int(trace.death[storage]), last + 1)
+            changes.span(
+                start + birth, start + death, int(trace.nbytes[storage]), _POSITION[Column.TEMPORARIES]
+            )
+
+    def held_inputs(self, path: str) -> dict[int, int]:
+        """Border storages that recomputing ``path`` keeps alive longer: storage -> the slot it is held to."""
+        held: dict[int, int] = {}
+        for index in self.blocks[path].calls:
+            if index in self.window:
+                for storage in self.trace.calls[index].inputs:
+                    if self.trace.death[storage] <= self.backward_tick[index]:
+                        held[storage] = max(held.get(storage, 0), self._window_end(index))
+        return held
+
+    def _window_end(self, index: int) -> int:
+        return int(self.at[self.backward_tick[index]])
+
+    def hold_changes(self, held: Mapping[int, int]) -> Changes:
+        """The changes of keeping border storages alive to the given slots."""
+        changes = Changes()
+        for storage, stop in held.items():
+            start = int(self.drop[min(int(self.trace.death[storage]), self.trace.num_ticks + 1)])
+            changes.span(start, stop, int(self.trace.nbytes[storage]), int(self.trace.column[storage]))
+        return changes
+
+    def model_changes(self, record: ModelRecord) -> Changes:
+        """The optimizer's part: its state, its updates, and how long gradients live."""
+        changes = Changes()
+        state, temporary = _POSITION[Column.OPTIMIZER_STATE], _POSITION[Column.TEMPORARIES]
+        gradient = _POSITION[Column.GRADIENTS]
+        if not self.law.parameters:
+            return changes
+        kept = 0 if record.state_in_files else self.state_bytes
+        changes.span(0, self.num_slots, kept + record.buffer_bytes, state)
+        one_by_one = record.state_in_files or record.gradients_in_files or record.update is Update.DURING
+        if not one_by_one:
+            changes.span(self.end, self.end + 1, self.law.step_transient_bytes, temporary)
+            return changes
+        for parameter in self.law.parameters:
+            if parameter.name not in self.trace.gradients:
+                continue
+            storage, _ = self.trace.gradients[parameter.name]
+            nbytes = int(self.trace.nbytes[storage])
+            during, last = self.update_slot[parameter.name], self.finish_slot[parameter.name]
+            update_at = during if record.update is Update.DURING else last
+            share = min(1.0, record.slice_bytes / parameter.nbytes) if record.slice_bytes else 1.0
+            moved = 0 if record.slice_bytes or not record.state_in_files else parameter.state_bytes
+            changes.span(update_at, update_at + 1, parameter.transient_bytes * share + moved, temporary)
+            if record.update is Update.DURING or record.gradients_in_files:
+                changes.span(during + 1, self.num_slots, -nbytes, gradient)
+            else:
+                changes.span(last + 1, self.num_slots, -nbytes, gradient)
+            if record.gradients_in_files:
+                changes.span(last, last + 1, nbytes * share, gradient)
+        return changes
+
+    # -- answers -----------------------------------------------------------------------------------
+
+    def live(self, changes: Changes) -> np.ndarray:
+        """The running sum of changes alone (without ``base``), one entry a slot."""
+        total = np.bincount(changes.slot, changes.nbytes, self.num_slots + 1) if changes.slot else np.zeros(self.num_slots + 1)
+        return np.cumsum(total)[: self.num_slots]
+
+    @cached_property
+    def base_live(self) -> np.ndarray:
+        """Live bytes of the traced passes at every slot."""
+        return self.live(self.base)
+
+    def timeline(self, changes: Changes) -> MemoryTimeline:
+        """Live bytes by column under ``changes``, at every slot that is not an empty window."""
+        everything = Changes()
+        everything.extend(self.base)
+        everything.extend(changes)
+        slot, nbytes = np.array(everything.slot), np.array(everything.nbytes)
+        column = np.array(everything.column)
+        columns = {}
+        for name, position in _POSITION.items():
+            mine = column == position
+            total = np.bincount(slot[mine], nbytes[mine], self.num_slots + 1)
+            columns[name] = np.cumsum(total)[: self.num_slots].astype(np.int64)
+        marks = [(int(self.at[self.trace.backward_from]), "backward begins")]
+        if self.law.parameters:
+            marks.append((self.end, "optimizer"))
+        return MemoryTimeline(columns, tuple(marks))
+
+
+def call_seconds(trace: Trace, calls: tuple[int, ...], *, backward: bool) -> float:
+    """Seconds of the operations of these calls, forward or backward."""
+    mine = np.isin(trace.op_call, calls) & (trace.op_backward == backward)
+    return float(trace.op_seconds[mine].sum()) if trace.op_seconds.size else 0.0
+
+
+def call_bytes(trace: Trace, storages: tuple[int, ...]) -> int:
+    """Bytes of these storages."""
+    return int(trace.nbytes[list(storages)].sum()) if storages else 0
+
+
+def border_bytes(trace: Trace, call: Call) -> tuple[int, int]:
+    """Bytes of a call's inputs and outputs."""
+    return call_bytes(trace, call.inputs), call_bytes(trace, call.outputs)
