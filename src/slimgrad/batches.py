@@ -64,7 +64,9 @@ def check_batch(batch: Any, device: torch.device) -> None:
     for path, tensor in tensors.items():
         where = f"batch[{path!r}]" if path else "the batch"
         if tensor.numel() == 0:
-            raise BatchError(f"{where} is empty (shape {tuple(tensor.shape)}): give a batch with samples")
+            raise BatchError(
+                f"{where} is empty (shape {tuple(tensor.shape)}): give a batch with samples"
+            )
         if tensor.device.type != device.type and tensor.dim() > 0:
             raise BatchError(
                 f"{where} is on {tensor.device}, but the model is on {device}: "

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from slimgrad.optimizers import step_parameter
+from slimgrad.optimizers import plain_step, step_parameter
 from slimgrad.types import Column
 
 Batch: TypeAlias = Any
@@ -74,6 +74,9 @@ class Host:
         self.on_gradient: Callable[[Tensor], None] | None = None
         self.update: Callable[[Tensor], None] = self._update_in_memory
         self.finish: Callable[[], None] = self._step_in_memory
+        self.counts_steps = (
+            True  # off while a step is only tried out, so that no hook or scheduler sees it
+        )
         self.in_last_share = True  # gradients complete only in the last share of a step
         # staging buffers of methods, for the ledger
         self.owned: list[tuple[Column, Tensor]] = []
@@ -123,5 +126,9 @@ class Host:
 
         Where every update is already done no parameter has a gradient left, and it updates nothing.
         """
-        if self.optimizer is not None:
+        if self.optimizer is None:
+            return
+        if self.counts_steps:
             self.optimizer.step()
+        else:
+            plain_step(self.optimizer)

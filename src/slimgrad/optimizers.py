@@ -39,7 +39,7 @@ def _only(
         optimizer.param_groups = groups
 
 
-def _plain_step(optimizer: Optimizer) -> None:
+def plain_step(optimizer: Optimizer) -> None:
     """The optimizer's own step, past hooks and scheduler wrappers: those see one call per logical step."""
     step = type(optimizer).step
     getattr(step, "__wrapped__", step)(optimizer)
@@ -50,7 +50,7 @@ def step_parameter(
 ) -> None:
     """Update one parameter from its ``.grad`` with the user's optimizer, its group and its state."""
     with torch.no_grad(), _only(optimizer, group or group_of(optimizer, parameter), parameter):
-        _plain_step(optimizer)
+        plain_step(optimizer)
 
 
 def step_part(
@@ -87,7 +87,10 @@ def clone_for(optimizer: Optimizer, groups: list[list[Tensor]]) -> Optimizer:
     twin.__dict__ = {**optimizer.__dict__, **fresh.__dict__, "defaults": dict(optimizer.defaults)}
     twin.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the user's optimizer
     twin.param_groups = [
-        {**_without_parameters(optimizer.param_groups[i % len(optimizer.param_groups)]), "params": list(g)}
+        {
+            **_without_parameters(optimizer.param_groups[i % len(optimizer.param_groups)]),
+            "params": list(g),
+        }
         for i, g in enumerate(groups)
     ]
     return twin
@@ -101,7 +104,9 @@ def _samples(optimizer: Optimizer) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Small parameters of the user's numbers of dimensions, dtype and device, and gradients for three steps."""
     theirs = [p for group in optimizer.param_groups for p in group["params"]]
     dims = sorted({p.dim() for p in theirs}) or [1]
-    shapes = [tuple((5, 3, 2, 2, 2, 2)[:dim]) for dim in dims] + [tuple((4, 6, 3, 2, 2, 2)[:dim]) for dim in dims]
+    shapes = [tuple((5, 3, 2, 2, 2, 2)[:dim]) for dim in dims] + [
+        tuple((4, 6, 3, 2, 2, 2)[:dim]) for dim in dims
+    ]
     generator = torch.Generator().manual_seed(0)
 
     def make(shape: tuple[int, ...]) -> Tensor:
@@ -126,7 +131,7 @@ def is_separable(optimizer: Optimizer) -> bool:
         for step in gradients:
             for p, q, g in zip(parameters, alone, step, strict=True):
                 p.grad, q.grad = g.clone(), g.clone()
-            _plain_step(together_opt)
+            plain_step(together_opt)
             for q in reversed(alone):
                 step_parameter(alone_opt, q)
         return all(torch.equal(p, q) for p, q in zip(parameters, alone, strict=True))
@@ -145,12 +150,16 @@ def is_elementwise(optimizer: Optimizer) -> bool:
         for step in gradients:
             for p, gradient in zip(parameters, step, strict=True):
                 p.grad = gradient.clone()
-            _plain_step(whole_opt)
+            plain_step(whole_opt)
             for i, (p, gradient) in enumerate(zip(copies, step, strict=True)):
                 flat, flat_gradient, cut = p.view(-1), gradient.reshape(-1), p.numel() // 3
                 for j, part in enumerate((slice(0, cut), slice(cut, None))):
                     states[i, j] = step_part(
-                        parts_opt, group, flat[part], flat_gradient[part].clone(), states.get((i, j), {})
+                        parts_opt,
+                        group,
+                        flat[part],
+                        flat_gradient[part].clone(),
+                        states.get((i, j), {}),
                     )
         return all(torch.equal(p, q) for p, q in zip(parameters, copies, strict=True))
     except Exception:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Step:
         self._undo = undo
         self._undone = False
         self.num_steps = 0
+        self.profile: Any = None  # what the plan was made from, where slim made it
+        self.report: Any = None  # what verify found, where slim verified it
 
     def __call__(self, batch: Any) -> Tensor:
         """Run one step on ``batch``; the loss of the whole batch, a detached scalar.
@@ -90,6 +93,15 @@ class Step:
         self._undo()
         self._undone = True
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Plain training within the body: everything is put back, and attached again afterwards."""
+        self._undo()
+        try:
+            yield
+        finally:
+            self._undo = attach_all(self.plan, self.host)
+
     def ledger(self, batch: Any = None) -> Ledger:
         """A ledger over this step's model and optimizer, its staging buffers named."""
         return Ledger(self.host.model, self.host.optimizer, inputs=batch, owned=self.host.owned)
@@ -135,12 +147,16 @@ def apply(
             "can be done during backward, so pass it to plan() as well"
         )
     host = Host(
-        model, optimizer, loss_fn, clip_grad_norm=clip, folder=Path(folder) if folder is not None else None
+        model,
+        optimizer,
+        loss_fn,
+        clip_grad_norm=clip,
+        folder=Path(folder) if folder is not None else None,
     )
-    return Step(plan, host, _attach_all(plan, host))
+    return Step(plan, host, attach_all(plan, host))
 
 
-def _attach_all(plan: Plan, host: Host) -> Undo:
+def attach_all(plan: Plan, host: Host) -> Undo:
     undo = Undo()
     try:
         undo.then(switch_off_cache(host.model))
@@ -164,5 +180,3 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 "when they complete, which slimgrad does not plan for yet. Apply it to the inner module on "
                 "one process"
             )
-
-

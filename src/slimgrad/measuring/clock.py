@@ -57,9 +57,7 @@ def op_key(func: Any, args: Any, kwargs: Any) -> OpKey:
 
 
 _VIEWS = frozenset(
-    "detach view _unsafe_view t transpose expand slice select permute unsqueeze squeeze alias as_strided "
-    "split split_with_sizes unbind reshape _reshape_alias lift_fresh diagonal unfold view_as_real "
-    "empty empty_like new_empty empty_strided new_empty_strided _local_scalar_dense".split()
+    ["detach", "view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "permute", "unsqueeze", "squeeze", "alias", "as_strided", "split", "split_with_sizes", "unbind", "reshape", "_reshape_alias", "lift_fresh", "diagonal", "unfold", "view_as_real", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense"]
 )
 
 
@@ -210,4 +208,3 @@ def _rates(seconds: np.ndarray, flops: np.ndarray, num_bytes: np.ndarray) -> Rat
     if moving.any():
         rates.bytes_per_s = float(2 * num_bytes[moving].sum() / max(seconds[moving].sum(), 1e-9))
     return rates
-

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from slimgrad.batches import map_tensors
-
 from slimgrad.measuring.randomness import kept_randomness
 
 

@@ -122,7 +122,9 @@ class Ledger:
         """Activation bytes by the module whose forward pass made them (innermost module)."""
         tracker = self._tracker
         held: dict[str, int] = {}
-        for nbytes, column, module in zip(tracker.nbytes, tracker.column, tracker.module, strict=True):
+        for nbytes, column, module in zip(
+            tracker.nbytes, tracker.column, tracker.module, strict=True
+        ):
             if column is Column.ACTIVATIONS:
                 path = tracker.module_paths[module] if module >= 0 else ""
                 held[path] = held.get(path, 0) + nbytes

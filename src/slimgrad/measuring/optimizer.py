@@ -79,7 +79,9 @@ def optimizer_law(optimizer: Optimizer, names: dict[int, str]) -> OptimizerLaw:
                 )
         return OptimizerLaw(
             tuple(laws),
-            _whole_step_transient(optimizer, groups, max((w.transient_bytes for w in laws), default=0)),
+            _whole_step_transient(
+                optimizer, groups, max((w.transient_bytes for w in laws), default=0)
+            ),
             _seconds_per_element(optimizer, groups),
             is_separable(optimizer),
             is_elementwise(optimizer),
@@ -119,7 +121,9 @@ def _run_alone(optimizer: Optimizer, group: int, parameter: Tensor) -> tuple[int
     transient = 0
     for _ in range(2):  # the first step makes the state, the second is like all others
         parameter.grad = torch.zeros_like(parameter)
-        with Ledger(optimizer=twin, inputs=(parameter, parameter.grad), device=parameter.device) as ledger:
+        with Ledger(
+            optimizer=twin, inputs=(parameter, parameter.grad), device=parameter.device
+        ) as ledger:
             before = ledger.now_bytes
             step_parameter(twin, parameter)
         transient = ledger.peak_bytes - before

@@ -95,7 +95,9 @@ class Profile:
         try:
             return profile_from_json(json.loads(Path(path).read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PlanError(f"{path} is not a profile written by Profile.save: {error!r}") from error
+            raise PlanError(
+                f"{path} is not a profile written by Profile.save: {error!r}"
+            ) from error
 
     def __str__(self) -> str:
         from slimgrad.measuring.table import profile_table
@@ -107,7 +109,9 @@ def fingerprint(model: nn.Module, optimizer: Optimizer | None) -> str:
     """A name for the shapes a plan depends on: parameters, buffers, module classes, the optimizer's class."""
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:{tensor.requires_grad};".encode())
+        digest.update(
+            f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:{tensor.requires_grad};".encode()
+        )
     for name, module in model.named_modules():
         digest.update(f"{name}={type(module).__name__};".encode())
     digest.update((type(optimizer).__name__ if optimizer is not None else "none").encode())
@@ -139,7 +143,14 @@ def _trace_from_json(data: Mapping[str, Any]) -> Trace:
     types = {"op_backward": bool, "op_seconds": np.float64}
     arrays = {name: np.array(data[name], dtype=types.get(name, np.int64)) for name in _ARRAYS}
     calls = [
-        Call(**{**c, "inputs": tuple(c["inputs"]), "outputs": tuple(c["outputs"]), "nodes": tuple(c["nodes"])})
+        Call(
+            **{
+                **c,
+                "inputs": tuple(c["inputs"]),
+                "outputs": tuple(c["outputs"]),
+                "nodes": tuple(c["nodes"]),
+            }
+        )
         for c in data["calls"]
     ]
     return Trace(
@@ -181,7 +192,11 @@ def profile_from_json(data: Mapping[str, Any]) -> Profile:
     """A profile from plain data; raises KeyError, TypeError or ValueError where it is not one."""
     if data["format"] != FORMAT:
         raise ValueError(f"format {data['format']} is not {FORMAT}")
-    plain = {name: data[name] for name in Profile.__dataclass_fields__ if name in data and name not in ("timeline",)}
+    plain = {
+        name: data[name]
+        for name in Profile.__dataclass_fields__
+        if name in data and name not in ("timeline",)
+    }
     law = dict(data["law"])
     law["parameters"] = tuple(
         ParameterLaw(**{**p, "shape": tuple(p["shape"])}) for p in law["parameters"]
@@ -191,7 +206,8 @@ def profile_from_json(data: Mapping[str, Any]) -> Profile:
         "rates": Rates(**data["rates"]),
         "modules": [ModuleCost(**m) for m in data["modules"]],
         "variants": {
-            tuple(setting_from_json(s) for s in key): _trace_from_json(t) for key, t in data["variants"]
+            tuple(setting_from_json(s) for s in key): _trace_from_json(t)
+            for key, t in data["variants"]
         },
         "plain_timeline": MemoryTimeline(
             {Column(c): np.array(v, dtype=np.int64) for c, v in data["timeline"].items()},

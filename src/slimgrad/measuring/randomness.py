@@ -60,7 +60,10 @@ class RandomState:
             and len(self.cuda) == len(other.cuda)
             and all(torch.equal(a, b) for a, b in zip(self.cuda, other.cuda, strict=True))
             and self.outside.python == other.outside.python
-            and all(np.array_equal(a, b) for a, b in zip(self.outside.numpy, other.outside.numpy, strict=True))
+            and all(
+                np.array_equal(a, b)
+                for a, b in zip(self.outside.numpy, other.outside.numpy, strict=True)
+            )
         )
 
 

@@ -92,7 +92,9 @@ class _Recorder:
         self._last = -1
         for path in block_paths:
             module = model.get_submodule(path)
-            self._handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+            self._handles.append(
+                module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
+            )
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.is_leaf:
@@ -110,7 +112,9 @@ class _Recorder:
             if current_task() != -1:
                 return
             seen = {self.tracker.see(t, born=0) for t in plain_tensors((args, kwargs))} - {None}
-            call = Call(path, self.tracker.tick, -1, tuple(sorted(seen)), (), (_get_sequence_nr(), 0))  # pyright: ignore
+            call = Call(
+                path, self.tracker.tick, -1, tuple(sorted(seen)), (), (_get_sequence_nr(), 0)
+            )  # pyright: ignore
             self.open.append(len(self.calls))
             self.calls.append(call)
 
@@ -123,8 +127,12 @@ class _Recorder:
         call = self.calls[self.open.pop()]
         call.forward_to = self.tracker.tick
         call.nodes = (call.nodes[0], _get_sequence_nr())
-        leaves = plain_tensors(getattr(out, "__dict__", out) if not isinstance(out, (tuple, list, dict)) else out)
-        seen = {self.tracker.see(t) for t in ([out] if isinstance(out, Tensor) else leaves)} - {None}
+        leaves = plain_tensors(
+            getattr(out, "__dict__", out) if not isinstance(out, (tuple, list, dict)) else out
+        )
+        seen = {self.tracker.see(t) for t in ([out] if isinstance(out, Tensor) else leaves)} - {
+            None
+        }
         call.outputs = tuple(sorted(seen))  # pyright: ignore
 
     def _complete(self, name: str) -> Any:
@@ -175,7 +183,13 @@ def trace_step(
     batches = [share.batch for share in shares]
     if fake:
         with faked(model, *batches) as fakes:
-            return _trace(model, loss_fn, [Share(b, s.weight) for b, s in zip(fakes, shares, strict=True)], block_paths, keys)
+            return _trace(
+                model,
+                loss_fn,
+                [Share(b, s.weight) for b, s in zip(fakes, shares, strict=True)],
+                block_paths,
+                keys,
+            )
     with untouched(model):
         return _trace(model, loss_fn, shares, block_paths, keys)
 

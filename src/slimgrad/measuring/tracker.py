@@ -108,7 +108,9 @@ class Tracker(TorchDispatchMode):
         if self.optimizer is not None:
             self._name_optimizer_state()
             self._handles += [
-                self.optimizer.register_step_pre_hook(lambda *_: self.optimizer_from.append(self.tick)),
+                self.optimizer.register_step_pre_hook(
+                    lambda *_: self.optimizer_from.append(self.tick)
+                ),
                 self.optimizer.register_step_post_hook(lambda *_: self._name_optimizer_state()),
             ]
         for column, tensor in self._owned:
@@ -133,10 +135,7 @@ class Tracker(TorchDispatchMode):
         assert self.model is not None
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.is_leaf:
-                handle = parameter.register_post_accumulate_grad_hook(self._on_gradient)
-                hooks = parameter._post_accumulate_grad_hooks  # ours first: others may free it
-                hooks.move_to_end(handle.id, last=False)  # pyright: ignore
-                self._handles.append(handle)
+                self._handles.append(before_other_gradient_hooks(parameter, self._on_gradient))
 
     def _on_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -264,3 +263,16 @@ def device_of(model: nn.Module | None, inputs: Any = None) -> torch.device:
     for tensor in named_tensors(inputs).values():
         return tensor.device
     return torch.device("cpu")
+
+
+def before_other_gradient_hooks(
+    parameter: Tensor, hook: Callable[[Tensor], None]
+) -> RemovableHandle:
+    """Call ``hook`` when the parameter's gradient completes, before hooks that may use it up and free it."""
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+    hooks: Any = parameter._post_accumulate_grad_hooks
+    others = [(key, other) for key, other in hooks.items() if key != handle.id]
+    for key, _ in others:  # the engine walks the dict in order of insertion
+        del hooks[key]
+    hooks.update(others)
+    return handle

@@ -57,7 +57,9 @@ class Scheme:
     """One way to run the whole step: a traced variant, and the methods of scope ``model`` on top of it."""
 
     variant: tuple[Setting, ...]
-    methods: tuple[tuple[Method, str], ...]  # with their notes, in the order in which they are attached
+    methods: tuple[
+        tuple[Method, str], ...
+    ]  # with their notes, in the order in which they are attached
     record: ModelRecord
     trace: Trace
 
@@ -69,7 +71,11 @@ class Scheme:
     @property
     def seconds(self) -> float:
         """One step with every block kept as it is."""
-        return float(self.trace.op_seconds.sum()) * self.repeats + self.record.update_s + self.record.extra_s
+        return (
+            float(self.trace.op_seconds.sum()) * self.repeats
+            + self.record.update_s
+            + self.record.extra_s
+        )
 
 
 def check_allowed(names: Sequence[str]) -> None:
@@ -136,7 +142,9 @@ def attach_order(method: Method) -> tuple[int, int, str]:
 def options(profile: Profile, scheme: Scheme, layout: Layout, allowed: Allowed) -> list[Option]:
     """For each block, what each method of scope ``block`` offers (keeping it as it is is always possible)."""
     found: list[Option] = []
-    methods = [c() for c in catalogue.methods().values() if c.scope is Scope.BLOCK and allowed.permits(c)]
+    methods = [
+        c() for c in catalogue.methods().values() if c.scope is Scope.BLOCK and allowed.permits(c)
+    ]
     for path, block in layout.blocks.items():
         record = block_record(profile, scheme.trace, block)
         for method in methods:

@@ -179,7 +179,10 @@ class _Workbench:
         best: Solution | None = None
         for scheme in found:
             solution = self.programme(scheme).least_peak()
-            if best is None or (solution.peak_bytes, solution.seconds) < (best.peak_bytes, best.seconds):
+            if best is None or (solution.peak_bytes, solution.seconds) < (
+                best.peak_bytes,
+                best.seconds,
+            ):
                 best = solution
         assert best is not None
         return best
@@ -255,12 +258,26 @@ def _choices(profile: Profile, best: Solution) -> list[Choice]:
     for method, note in others:
         column = method.column.value
         freed = {column: _freed_by_model_method(best, method, profile)}
-        made.append(_choice("", method, note, freed, scheme.record.extra_s if column == "optimizer_state" else 0.0))
+        made.append(
+            _choice(
+                "",
+                method,
+                note,
+                freed,
+                scheme.record.extra_s if column == "optimizer_state" else 0.0,
+            )
+        )
     for option in best.options:
         freed_bytes = option.record.saved_bytes - option.record.held_bytes
         for method in option.methods:
             made.append(
-                _choice(option.path, method, option.note, {Column.ACTIVATIONS.value: freed_bytes}, option.added_s)
+                _choice(
+                    option.path,
+                    method,
+                    option.note,
+                    {Column.ACTIVATIONS.value: freed_bytes},
+                    option.added_s,
+                )
             )
     return made
 
@@ -282,5 +299,7 @@ def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str
     return {c: before[c] - after[c] for c in columns if before[c] != after[c]}
 
 
-def _choice(path: str, method: Method, note: str, freed: Mapping[str, int], added_s: float) -> Choice:
+def _choice(
+    path: str, method: Method, note: str, freed: Mapping[str, int], added_s: float
+) -> Choice:
     return Choice(path, method_name(method), dict(hyperparameters(method)), note, freed, added_s)

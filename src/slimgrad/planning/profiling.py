@@ -24,8 +24,8 @@ from slimgrad.measuring.trace import Trace, trace_step
 from slimgrad.measuring.tracker import device_of
 from slimgrad.method import Block, Method, Refusal, Rewriting, Scope, hyperparameters, method_name
 from slimgrad.methods.gradients.micro_batches import has_batch_statistics
-from slimgrad.planning.simulate import Layout, call_bytes, call_seconds
 from slimgrad.planning.settings import plain_record
+from slimgrad.planning.simulate import Layout, call_bytes, call_seconds
 from slimgrad.storage import measure_bandwidth, open_store
 
 
@@ -189,7 +189,9 @@ def _bandwidth(host: Host) -> tuple[float, float]:
 def _has_dropout(model: nn.Module) -> bool:
     dropouts = (nn.modules.dropout._DropoutNd,)
     by_module = any(isinstance(m, dropouts) and m.p > 0 and m.training for m in model.modules())
-    return by_module or any(getattr(m, "dropout", 0.0) for m in model.modules() if isinstance(m, nn.RNNBase))
+    return by_module or any(
+        getattr(m, "dropout", 0.0) for m in model.modules() if isinstance(m, nn.RNNBase)
+    )
 
 
 def module_costs(model: nn.Module, layout: Layout) -> list[ModuleCost]:
@@ -223,5 +225,3 @@ def module_costs(model: nn.Module, layout: Layout) -> list[ModuleCost]:
         )
     )
     return rows
-
-

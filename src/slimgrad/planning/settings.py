@@ -40,7 +40,9 @@ def model_record(profile: Profile, num_parts: int, clip_grad_norm: float | None)
         read_bytes_s=profile.read_bytes_s,
         write_bytes_s=profile.write_bytes_s,
         micro_batches=num_parts,
-        gradient_bytes=profile.trainable_bytes if profile.law.state_tensors or profile.law.separable else 0,
+        gradient_bytes=profile.trainable_bytes
+        if profile.law.state_tensors or profile.law.separable
+        else 0,
     )
 
 

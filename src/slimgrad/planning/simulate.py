@@ -22,6 +22,7 @@ from slimgrad.method import ModelRecord, Record, Restore, Update
 from slimgrad.types import Column
 
 _POSITION = {column: position for position, column in enumerate(Column)}
+_SCALARS = 1024  # bytes: loss values and norms that a step keeps beside what was traced
 
 
 @dataclass
@@ -81,11 +82,14 @@ class Layout:
         for name, (_, tick) in trace.gradients.items():
             order[name] = int(after[tick])
             after[tick] += 1
-        self.at = np.arange(num + 2) + np.cumsum(before) + np.concatenate(([0], np.cumsum(after)[:-1]))
+        self.at = (
+            np.arange(num + 2) + np.cumsum(before) + np.concatenate(([0], np.cumsum(after)[:-1]))
+        )
         self.drop = self.at - before  # a storage with death d is gone from slot drop[d] on
         self.window = {i: int(self.drop[t]) + offset[i] for i, t in self.backward_tick.items()}
         self.update_slot = {
-            name: int(self.at[tick]) + 1 + order[name] for name, (_, tick) in trace.gradients.items()
+            name: int(self.at[tick]) + 1 + order[name]
+            for name, (_, tick) in trace.gradients.items()
         }
         self.end = int(self.at[num]) + int(after[num]) + 1
         self.finish_slot = {p.name: self.end + 1 + i for i, p in enumerate(self.law.parameters)}
@@ -144,7 +148,11 @@ class Layout:
             back = self._restored_at(index, record.restore)
             for storage in saved:
                 nbytes, column = int(self.trace.nbytes[storage]), int(self.trace.column[storage])
-                here = back + (int(self.trace.birth[storage]) - call.forward_from if record.restore is Restore.REPLAY else 0)
+                here = back + (
+                    int(self.trace.birth[storage]) - call.forward_from
+                    if record.restore is Restore.REPLAY
+                    else 0
+                )
                 changes.span(gone, here, -nbytes * (1 - share), column)
             if record.restore is Restore.REPLAY:
                 self._replayed_temporaries(changes, index, saved)
@@ -160,13 +168,18 @@ class Layout:
         trace, call = self.trace, self.trace.calls[index]
         if not saved:
             return
-        last = max(int(trace.birth[s]) for s in saved)  # recomputation stops at the last tensor needed
+        last = max(
+            int(trace.birth[s]) for s in saved
+        )  # recomputation stops at the last tensor needed
         start = self.window[index] - call.forward_from
         inside = (trace.birth > call.forward_from) & (trace.birth <= last)
         for storage in np.flatnonzero(inside & (trace.death <= call.forward_to + 1)):
             birth, death = int(trace.birth[storage]), min(int(trace.death[storage]), last + 1)
             changes.span(
-                start + birth, start + death, int(trace.nbytes[storage]), _POSITION[Column.TEMPORARIES]
+                start + birth,
+                start + death,
+                int(trace.nbytes[storage]),
+                _POSITION[Column.TEMPORARIES],
             )
 
     def held_inputs(self, path: str) -> dict[int, int]:
@@ -187,19 +200,24 @@ class Layout:
         changes = Changes()
         for storage, stop in held.items():
             start = int(self.drop[min(int(self.trace.death[storage]), self.trace.num_ticks + 1)])
-            changes.span(start, stop, int(self.trace.nbytes[storage]), int(self.trace.column[storage]))
+            changes.span(
+                start, stop, int(self.trace.nbytes[storage]), int(self.trace.column[storage])
+            )
         return changes
 
     def model_changes(self, record: ModelRecord) -> Changes:
         """The optimizer's part: its state, its updates, and how long gradients live."""
         changes = Changes()
+        changes.span(0, self.num_slots, _SCALARS, _POSITION[Column.TEMPORARIES])
         state, temporary = _POSITION[Column.OPTIMIZER_STATE], _POSITION[Column.TEMPORARIES]
         gradient = _POSITION[Column.GRADIENTS]
         if not self.law.parameters:
             return changes
         kept = 0 if record.state_in_files else self.state_bytes
         changes.span(0, self.num_slots, kept + record.buffer_bytes, state)
-        one_by_one = record.state_in_files or record.gradients_in_files or record.update is Update.DURING
+        one_by_one = (
+            record.state_in_files or record.gradients_in_files or record.update is Update.DURING
+        )
         if not one_by_one:
             changes.span(self.end, self.end + 1, self.law.step_transient_bytes, temporary)
             return changes
@@ -212,7 +230,9 @@ class Layout:
             update_at = during if record.update is Update.DURING else last
             share = min(1.0, record.slice_bytes / parameter.nbytes) if record.slice_bytes else 1.0
             moved = 0 if record.slice_bytes or not record.state_in_files else parameter.state_bytes
-            changes.span(update_at, update_at + 1, parameter.transient_bytes * share + moved, temporary)
+            changes.span(
+                update_at, update_at + 1, parameter.transient_bytes * share + moved, temporary
+            )
             if record.update is Update.DURING or record.gradients_in_files:
                 changes.span(during + 1, self.num_slots, -nbytes, gradient)
             else:
@@ -225,7 +245,11 @@ class Layout:
 
     def live(self, changes: Changes) -> np.ndarray:
         """The running sum of changes alone (without ``base``), one entry a slot."""
-        total = np.bincount(changes.slot, changes.nbytes, self.num_slots + 1) if changes.slot else np.zeros(self.num_slots + 1)
+        total = (
+            np.bincount(changes.slot, changes.nbytes, self.num_slots + 1)
+            if changes.slot
+            else np.zeros(self.num_slots + 1)
+        )
         return np.cumsum(total)[: self.num_slots]
 
     @cached_property

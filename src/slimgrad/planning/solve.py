@@ -91,7 +91,11 @@ class Programme:
                 best = self._solution(chosen, changes, peak)
             if budget_bytes is not None and peak <= budget_bytes:
                 return best
-            bound = budget_bytes if budget_bytes is not None else self._linear_peak(chosen, sorted(slots))
+            bound = (
+                budget_bytes
+                if budget_bytes is not None
+                else self._linear_peak(chosen, sorted(slots))
+            )
             added = {s for s in self._highest(live) if live[s] > bound} - slots
             if not added:
                 break
@@ -139,7 +143,8 @@ class Programme:
             constraints=[
                 LinearConstraint(below, ub=-self.fixed[slots] / scale),
                 LinearConstraint(
-                    np.hstack((self.one_of, np.zeros((len(self.one_of), 1)))), ub=np.ones(len(self.one_of))
+                    np.hstack((self.one_of, np.zeros((len(self.one_of), 1)))),
+                    ub=np.ones(len(self.one_of)),
                 ),
             ],
             integrality=np.append(np.ones(num), 0),

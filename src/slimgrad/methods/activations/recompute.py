@@ -111,7 +111,11 @@ class _Replay:
         return self._observing(), self._second_run()
 
     def _observing(self) -> AbstractContextManager[Any]:
-        return _hooks_replaced(self.module, self._watched) if _has_hooks(self.module) else nullcontext()
+        return (
+            _hooks_replaced(self.module, self._watched)
+            if _has_hooks(self.module)
+            else nullcontext()
+        )
 
     @contextmanager
     def _second_run(self) -> Iterator[None]:
@@ -144,7 +148,9 @@ class _Replay:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module)
+    return any(
+        m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module
+    )
 
 
 @contextmanager

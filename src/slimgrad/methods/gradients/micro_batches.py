@@ -59,7 +59,9 @@ class MicroBatches:
         if self.num < 1:
             raise MethodError(f"micro_batches needs num of at least 1, not {self.num}")
         if self.weigh not in _WEIGHINGS:
-            raise MethodError(f"micro_batches weighs by one of {', '.join(_WEIGHINGS)}, not {self.weigh!r}")
+            raise MethodError(
+                f"micro_batches weighs by one of {', '.join(_WEIGHINGS)}, not {self.weigh!r}"
+            )
 
     @classmethod
     def settings(cls, host: Host, batch: Any) -> Sequence[Method] | Refusal:
@@ -70,7 +72,9 @@ class MicroBatches:
         if has_batch_statistics(host.model):
             return Refusal("batch norm's statistics span the batch")
         if any(is_fake(p) for p in host.model.parameters()):
-            return Refusal("how the loss weighs its samples is found by value, and this model has none")
+            return Refusal(
+                "how the loss weighs its samples is found by value, and this model has none"
+            )
         found = find_weighing(host, batch)
         if found is None:
             return Refusal("the loss is neither a mean nor a sum over samples or targets")
@@ -81,7 +85,9 @@ class MicroBatches:
         """The measured step already runs in parts; refused where a statistic spans the batch."""
         if block.model_record.has_batch_statistics:
             return Refusal("batch norm's statistics span the batch")
-        masks = "; dropout masks differ from the full batch's" if block.model_record.has_dropout else ""
+        masks = (
+            "; dropout masks differ from the full batch's" if block.model_record.has_dropout else ""
+        )
         return Offer(block.model_record, f"{self.num} parts, weighed by {self.weigh}{masks}")
 
     def attach(self, block: Block) -> Undo:
@@ -94,7 +100,9 @@ class MicroBatches:
         """The parts of ``batch`` and their weights; parts without a target that counts are left out."""
         size = batch_size(batch)
         if size == 0:
-            raise BatchError("micro-batches need tensors that agree on the length of their first dimension")
+            raise BatchError(
+                "micro-batches need tensors that agree on the length of their first dimension"
+            )
         num = min(self.num, size)
         edges = [size * i // num for i in range(num + 1)]
         parts = [narrow(batch, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
@@ -135,7 +143,9 @@ def find_weighing(host: Host, batch: Any) -> tuple[str, str] | None:
 
 
 def _target_paths(batch: Any) -> list[str]:
-    whole = [(n, t) for n, t in named_tensors(batch).items() if t.dtype == torch.int64 and t.dim() >= 1]
+    whole = [
+        (n, t) for n, t in named_tensors(batch).items() if t.dtype == torch.int64 and t.dim() >= 1
+    ]
     named = [n for n, _ in whole if any(word in n.lower() for word in ("label", "target"))]
     return named or [n for n, _ in whole[-1:]]
 

@@ -51,7 +51,9 @@ class UpdateInBackward:
         if record.gradients_in_files:
             return Refusal("gradients are kept in files until backward is over")
         freed = format_bytes(record.gradient_bytes)
-        return Offer(replace(record, update=Update.DURING), f"{freed} of gradients freed as they are used")
+        return Offer(
+            replace(record, update=Update.DURING), f"{freed} of gradients freed as they are used"
+        )
 
     def attach(self, block: Block) -> Undo:
         """Take over completed gradients and the end of the step."""

@@ -1,0 +1,156 @@
+"""Where a plain step does not fit: each planned block against the plain one, one at a time; then the whole
+gradient against a finite difference of the loss along it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from slimgrad.applying.step import Step
+from slimgrad.measuring.randomness import RandomState
+from slimgrad.measuring.tracker import plain_tensors
+from slimgrad.verifying.gradient import captured_gradients, same_bits, without_dropout
+from slimgrad.verifying.report import Report
+from slimgrad.verifying.snapshot import Snapshot
+
+_LOSS_CHANGE = 2e-3  # share of the loss by which the finite difference moves it: far above rounding
+
+
+def compare_blocks(step: Step, batch: Any, report: Report) -> None:
+    """Fill ``report`` from blocks compared bit for bit and a directional finite difference."""
+    paths = [c.path for c in step.plan.choices if c.path]
+    differing = _compare_each(step, batch, list(dict.fromkeys(paths)))
+    report.checks["blocks"] = not differing
+    if differing:
+        report.notes.append("differ from plain: " + ", ".join(differing[:5]))
+    error, control = _along_gradient(step, batch)
+    report.gradient_error = error
+    report.checks |= {"gradient": error < 0.05, "control": control >= 0.05}
+    report.control_failed = control >= 0.05
+    report.notes.append(
+        f"plain training does not fit here: {len(set(paths))} blocks were compared one at a time, bit for bit, "
+        "and the gradient with a finite difference of the loss along it"
+    )
+
+
+def _compare_each(step: Step, batch: Any, paths: list[str]) -> list[str]:
+    model, differing, handles = step.host.model, list[str](), list[Any]()
+    busy = [False]
+
+    def check(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if busy[0]:
+                return
+            busy[0] = True
+            try:
+                if not _same_block(module, args, kwargs):
+                    differing.append(path)
+            finally:
+                busy[0] = False
+
+        return hook
+
+    for path in paths:
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(check(path), with_kwargs=True))
+    random = RandomState.now()
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        with torch.no_grad():
+            for share in step.host.split(batch):
+                step.host.loss_fn(model, share.batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        random.restore()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return differing
+
+
+def _same_block(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    planned = module.__dict__.get("forward")
+    if planned is None:
+        return True
+    buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
+    random = RandomState.now()
+    with_plan = _run_block(module, planned, args, kwargs, random, buffers)
+    plain = type(module).forward.__get__(module)
+    without = _run_block(module, plain, args, kwargs, random, buffers)
+    random.restore()
+    return same_bits(with_plan, without)
+
+
+def _run_block(
+    module: nn.Module,
+    forward: Any,
+    args: Any,
+    kwargs: Any,
+    random: RandomState,
+    buffers: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Outputs, gradients and buffers of one block, by name, for a fixed cotangent."""
+    random.restore()
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().clone().requires_grad_() if t.is_floating_point() else t
+
+    inputs = tree_map_only(Tensor, leaf, (args, kwargs))
+    kept = {n: p.grad for n, p in module.named_parameters()}
+    with torch.enable_grad():
+        out = forward(*inputs[0], **inputs[1])
+        outs = [t for t in plain_tensors(out) if t.requires_grad]
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        cotangents = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in outs]
+        leaves = [t for t in plain_tensors(inputs) if t.requires_grad]
+        weights = [p for p in module.parameters() if p.requires_grad]
+        found = torch.autograd.grad(outs, leaves + weights, cotangents, allow_unused=True)
+    result = {f"grad{i}": g.detach() for i, g in enumerate(found) if g is not None}
+    result |= {f"out{i}": t.detach() for i, t in enumerate(outs)}
+    result |= {f"buffer.{n}": b.detach().clone() for n, b in module.named_buffers()}
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+    for name, parameter in module.named_parameters():
+        parameter.grad = kept[name]
+    return result
+
+
+def _along_gradient(step: Step, batch: Any) -> tuple[float, float]:
+    """| <g, v> - dL/dv | / |dL/dv| for v along g, and the same with the largest gradient zeroed in <g, v>."""
+    host = step.host
+    with step.suspended():
+        snapshot = Snapshot(host.model, host.optimizer)
+    gradients: dict[str, Tensor] = {}
+    with without_dropout(host.model), captured_gradients(host.model, gradients):
+        loss = float(step(batch))
+    with step.suspended():
+        snapshot.restore()
+    norms = {n: float(g.double().square().sum()) for n, g in gradients.items()}
+    total = sum(norms.values())
+    weights = dict(host.model.named_parameters())
+    epsilon = _LOSS_CHANGE * max(abs(loss), 1e-6) / max(total, 1e-30)
+    random = RandomState.now()
+
+    def loss_at(scale: float) -> float:
+        random.restore()
+        with torch.no_grad(), without_dropout(host.model):
+            for name, gradient in gradients.items():
+                weights[name].add_(gradient, alpha=scale)
+            return sum(
+                float(host.loss_fn(host.model, s.batch)) * s.weight for s in host.split(batch)
+            )
+
+    up = loss_at(epsilon)
+    down = loss_at(-2 * epsilon)
+    with step.suspended():
+        snapshot.restore()
+    slope = (up - down) / (2 * epsilon)
+    without = total - max(norms.values(), default=0.0)
+    scale = max(abs(slope), 1e-12)
+    return abs(total - slope) / scale, abs(without - slope) / scale

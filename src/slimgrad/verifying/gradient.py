@@ -1,0 +1,111 @@
+"""Compares one step's gradients, updates, buffers and random states by value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimgrad.batches import map_tensors
+from slimgrad.measuring.randomness import RandomState
+from slimgrad.measuring.tracker import before_other_gradient_hooks
+
+
+@dataclass
+class Outcome:
+    """What one trial step left behind. Gradients and moves by parameter name, buffers by buffer name."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    moves: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    random: RandomState | None = None
+
+
+def relative_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """||ours - theirs|| / ||theirs|| over all entries together, in float64. Names must agree.
+
+    Entry by entry would mislead: a true gradient of zero is only rounding noise.
+
+    >>> import torch
+    >>> relative_error({"w": torch.tensor([3.0, 4.5])}, {"w": torch.tensor([3.0, 4.0])})
+    0.1
+    """
+    if set(ours) != set(theirs):
+        return float("inf")
+    difference, size = 0.0, 0.0
+    for name, reference in theirs.items():
+        wide = reference.double()
+        difference += float((ours[name].double() - wide).square().sum())
+        size += float(wide.square().sum())
+    if size == 0.0:
+        return 0.0 if difference == 0.0 else float("inf")
+    return (difference / size) ** 0.5
+
+
+def same_bits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether every tensor is equal, bit for bit (NaN equal to NaN)."""
+    return set(ours) == set(theirs) and all(
+        torch.equal(ours[n].nan_to_num(nan=1.25), theirs[n].nan_to_num(nan=1.25)) for n in theirs
+    )
+
+
+@contextmanager
+def captured_gradients(model: nn.Module, into: dict[str, Tensor]) -> Iterator[None]:
+    """Keep a copy of every gradient as it completes, before anybody else uses or frees it."""
+    handles: list[Any] = []
+
+    def keep(name: str) -> Any:
+        def hook(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                into[name] = parameter.grad.detach().clone()
+
+        return hook
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_leaf:
+            handles.append(before_other_gradient_hooks(parameter, keep(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Every module but batch norm in evaluation mode, so that no random mask is drawn."""
+    norms = (nn.modules.batchnorm._BatchNorm,)
+    changed = [m for m in model.modules() if m.training and not isinstance(m, norms)]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
+@contextmanager
+def in_float64(model: nn.Module) -> Iterator[None]:
+    """The model's floating parameters and buffers in float64 within the body; the same tensors afterwards."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and tensor.dtype != torch.float64:
+                kept.append((tensor, tensor.data))
+                tensor.data = tensor.data.double()
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.grad = None
+            tensor.data = data
+
+
+def widened(batch: Any) -> Any:
+    """The batch with its floating tensors in float64."""
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)

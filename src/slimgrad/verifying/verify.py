@@ -1,0 +1,240 @@
+"""``verify``: one planned step against one plain step, by value, on the user's own model and batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from slimgrad.applying.model_cache import switch_off_cache
+from slimgrad.applying.step import Step
+from slimgrad.host import Host
+from slimgrad.measuring.randomness import RandomState
+from slimgrad.measuring.trace import checked_loss
+from slimgrad.optimizers import plain_step
+from slimgrad.types import Exactness
+from slimgrad.verifying.blocks import compare_blocks
+from slimgrad.verifying.gradient import (
+    Outcome,
+    captured_gradients,
+    in_float64,
+    relative_error,
+    same_bits,
+    widened,
+    without_dropout,
+)
+from slimgrad.verifying.report import Report
+from slimgrad.verifying.snapshot import Snapshot
+
+
+def verify(
+    step: Step, batch: Any, *, time_pairs: int = 1, available_bytes: int | None = None
+) -> Report:
+    """Run one planned and one plain step from the same state and compare them by value; nothing is changed.
+
+    Loss, every gradient, the whole update, every buffer and the end of every random generator are compared.
+    A plan of rung ``bitwise`` must give the same bits; one of rung ``exact`` gradients whose distance to
+    float64 is at most twice plain's own. A control, the same gradients with one of them zeroed, must fail.
+    Where a plain step does not fit into ``available_bytes`` (default: what the machine has free), blocks are
+    compared one at a time. ``time_pairs`` alternated pairs of steps are timed.
+    """
+    host = step.host
+    counted, host.counts_steps = host.counts_steps, False
+    try:
+        peak = _measured_peak(step, batch)
+        report = Report(
+            peak_bytes=peak,
+            predicted_peak_bytes=step.plan.peak_bytes,
+            plain_peak_bytes=step.plan.plain_peak_bytes,
+            budget_bytes=step.plan.budget_bytes,
+            rung=step.plan.loosest,
+        )
+        free = _free_bytes(host) if available_bytes is None else available_bytes
+        if 2 * step.plan.plain_peak_bytes <= free:
+            _compare_steps(
+                step, batch, report, time_pairs, float64=4 * step.plan.plain_peak_bytes <= free
+            )
+        else:
+            report.mode = "blocks"
+            compare_blocks(step, batch, report)
+        return report
+    finally:
+        host.counts_steps = counted
+
+
+def _free_bytes(host: Host) -> int:
+    if host.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(host.device)[0])
+    return int(psutil.virtual_memory().available * 0.9)
+
+
+def _measured_peak(step: Step, batch: Any) -> int:
+    with step.suspended():
+        snapshot = Snapshot(step.host.model, step.host.optimizer)
+    step(batch)  # the first step makes the optimizer's state; the second is like all others
+    with step.ledger(batch) as ledger:
+        step(batch)
+    _restore(step, snapshot)
+    return ledger.peak_bytes
+
+
+def _restore(step: Step, snapshot: Snapshot) -> None:
+    with step.suspended():
+        snapshot.restore()
+
+
+def _plain_once(host: Host, batch: Any, *, update: bool = True) -> Outcome:
+    model = host.model
+    for parameter in model.parameters():
+        parameter.grad = None
+    undo = switch_off_cache(model)
+    try:
+        loss = checked_loss(host.loss_fn(model, batch))
+        loss.backward()
+    finally:
+        undo()
+    names = {id(p): n for n, p in model.named_parameters()}
+    gradients = {
+        names[id(p)]: p.grad.detach().clone() for p in model.parameters() if p.grad is not None
+    }
+    if update and host.optimizer is not None:
+        if host.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(host.parameters(), host.clip_grad_norm)
+        plain_step(host.optimizer)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return Outcome(float(loss.detach()), gradients)
+
+
+def _slim_once(step: Step, batch: Any) -> Outcome:
+    gradients: dict[str, Tensor] = {}
+    with captured_gradients(step.host.model, gradients):
+        loss = step(batch)
+    return Outcome(float(loss), gradients)
+
+
+def _finish(outcome: Outcome, step: Step, snapshot: Snapshot) -> Outcome:
+    model = step.host.model
+    moved = snapshot.moved()
+    outcome.moves = {n: moved[id(p)] for n, p in model.named_parameters()}
+    outcome.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    outcome.random = RandomState.now()
+    return outcome
+
+
+def _compare_steps(
+    step: Step, batch: Any, report: Report, time_pairs: int, *, float64: bool
+) -> None:
+    bitwise = report.rung is Exactness.BITWISE
+    if bitwise:
+        plain, slim, _ = _both(step, batch, None)
+        _judge_bits(report, plain, slim)
+    else:
+        with without_dropout(step.host.model):
+            plain, slim, wide = _both(step, batch, _float64_once if float64 else None)
+        _judge_rounding(report, plain, slim, wide)
+    report.time_ratio = _time_ratio(step, batch, time_pairs) if time_pairs else None
+
+
+def _both(
+    step: Step, batch: Any, wide_run: Callable[[Host, Any], Outcome] | None
+) -> tuple[Outcome, Outcome, Outcome | None]:
+    host = step.host
+    with step.suspended():
+        snapshot = Snapshot(host.model, host.optimizer)
+        plain = _finish(_plain_once(host, batch), step, snapshot)
+        snapshot.restore()
+        wide = wide_run(host, batch) if wide_run is not None else None
+        snapshot.restore()
+    slim = _slim_once(step, batch)
+    slim.random = RandomState.now()
+    with step.suspended():
+        random, slim = slim.random, _finish(slim, step, snapshot)
+        slim.random = random
+        snapshot.restore()
+    return plain, slim, wide
+
+
+def _float64_once(host: Host, batch: Any) -> Outcome | None:  # pyright: ignore
+    try:
+        with in_float64(host.model):
+            return _plain_once(host, widened(batch), update=False)
+    except Exception:  # a model with fixed dtypes inside
+        return None
+
+
+def _judge_bits(report: Report, plain: Outcome, slim: Outcome) -> None:
+    _figures(report, plain, slim)
+    report.checks |= {
+        "loss": plain.loss == slim.loss,
+        "gradient": same_bits(slim.gradients, plain.gradients),
+        "update": same_bits(slim.moves, plain.moves),
+        "buffers": bool(report.buffers_equal),
+        "random state": bool(report.random_equal),
+        "control": not same_bits(_zeroed(slim.gradients), plain.gradients),
+    }
+    report.control_failed = report.checks["control"]
+
+
+def _judge_rounding(report: Report, plain: Outcome, slim: Outcome, wide: Outcome | None) -> None:
+    _figures(report, plain, slim)
+    if wide is not None:
+        report.plain_gradient_error = relative_error(plain.gradients, wide.gradients)
+        report.float64_gradient_error = relative_error(slim.gradients, wide.gradients)
+        bound, reference = 2 * report.plain_gradient_error + 1e-12, wide.gradients
+    else:
+        precision = max((torch.finfo(g.dtype).eps for g in plain.gradients.values()), default=1e-7)
+        bound, reference = 1e4 * precision, plain.gradients
+        report.notes.append(
+            "float64 could not be run: gradients are compared with plain's directly"
+        )
+    judged = relative_error(slim.gradients, reference)
+    control = relative_error(_zeroed(slim.gradients), reference)
+    report.control_failed = control > bound
+    report.checks |= {
+        "gradient": judged <= bound,
+        "loss": bool(report.loss_error is not None and report.loss_error < 1e-3),
+        "buffers": bool(report.buffers_equal),
+        "control": report.control_failed,
+    }
+
+
+def _figures(report: Report, plain: Outcome, slim: Outcome) -> None:
+    report.loss_error = abs(slim.loss - plain.loss) / max(abs(plain.loss), 1e-12)
+    report.gradient_error = relative_error(slim.gradients, plain.gradients)
+    report.update_error = relative_error(slim.moves, plain.moves)
+    report.buffers_equal = same_bits(slim.buffers, plain.buffers)
+    assert plain.random is not None
+    assert slim.random is not None
+    report.random_equal = slim.random.same_as(plain.random)
+
+
+def _zeroed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients with the largest of them zeroed: what a dropped gradient would look like."""
+    largest = max(gradients, key=lambda n: float(gradients[n].double().norm()), default="")
+    return {n: torch.zeros_like(g) if n == largest else g for n, g in gradients.items()}
+
+
+def _time_ratio(step: Step, batch: Any, pairs: int) -> float:
+    host, plain_s, slim_s = step.host, list[float](), list[float]()
+    with step.suspended():
+        snapshot = Snapshot(host.model, host.optimizer)
+    for _ in range(pairs):
+        slim_s.append(_timed(lambda: step(batch)))
+        with step.suspended():
+            plain_s.append(_timed(lambda: _plain_once(host, batch)))
+    _restore(step, snapshot)
+    return median(slim_s) / median(plain_s)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
