@@ -75,6 +75,8 @@ class Record:
     store_s: float = 0.0
     holds_inputs: bool = False
     has_batch_statistics: bool = False
+    read_bytes_s: float = 1e9  # of the store outside the device
+    write_bytes_s: float = 1e9
 
     @property
     def seconds(self) -> float:

@@ -222,8 +222,8 @@ def test_state_that_exists_is_moved_and_undo_brings_it_back():
     for name in ("_optimizer_state_dict_post_hooks", "_optimizer_load_state_dict_post_hooks"):
         assert not getattr(host.optimizer, name)
     assert equal(
-        {k: v for k, v in enumerate(host.optimizer.state.values())},
-        {k: v for k, v in enumerate(plain.optimizer.state.values())},
+        dict(enumerate(host.optimizer.state.values())),
+        dict(enumerate(plain.optimizer.state.values())),
     )
     plain_step(third), step(third)
     assert same(host, plain)
@@ -410,7 +410,7 @@ def test_a_write_that_failed_is_told_later(monkeypatch):
     host = training(OPTIMIZERS["adamw"])
     attach(host)
     step = Driver(host)
-    first, second, third = batches(3)
+    first, second = batches(2)
     step(first)
 
     def full(*_):
