@@ -73,7 +73,9 @@ def _runs(rows: list[ModuleCost]) -> list[tuple[ModuleCost, ModuleCost, int]]:
 
 def _alike(a: ModuleCost, b: ModuleCost) -> bool:
     same = (a.cls, a.weight_bytes) == (b.cls, b.weight_bytes)
-    return same and abs(a.activation_bytes - b.activation_bytes) <= 0.01 * max(a.activation_bytes, 1)
+    return same and abs(a.activation_bytes - b.activation_bytes) <= 0.01 * max(
+        a.activation_bytes, 1
+    )
 
 
 def profile_table(profile: Profile) -> str:

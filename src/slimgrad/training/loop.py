@@ -18,6 +18,7 @@ from slimgrad.planning.plan import Plan, plan
 from slimgrad.planning.profiling import measure
 from slimgrad.training.checkpoint import latest, load_checkpoint, save_checkpoint
 from slimgrad.training.job import Job, JobSpec, loss_fn, open_job
+from slimgrad.training.offloaded import state_sink, state_source
 from slimgrad.training.reference import Reference, run_reference
 from slimgrad.training.resident import (
     high_water_bytes,
@@ -29,7 +30,9 @@ from slimgrad.training.resume import capture, restore
 from slimgrad.types import Budget, Exactness
 
 _COMPARED_STEPS = 2
-_HEADROOM = 1.25  # resident bytes allowed over the budget: libraries' workspaces, fragmentation, Python
+_HEADROOM = (
+    1.25  # resident bytes allowed over the budget: libraries' workspaces, fragmentation, Python
+)
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def _save(request: TrainRequest, job: Job, step: Step, num_steps: int) -> Path:
         data=job.batches.state(),
         extra={"spec": request.spec.to_json()},
         fingerprint=fingerprint(job.model, job.optimizer),
-        state_of=step.host.state_of,
+        state_of=state_source(step.host),
     )
     return save_checkpoint(request.out, state)
 
@@ -224,7 +227,7 @@ def _resume(request: TrainRequest, job: Job, step: Step) -> int:
         job.model,
         job.optimizer,
         fingerprint=fingerprint(job.model, job.optimizer),
-        put_state=step.host.put_state,
+        put_state=state_sink(step.host),
     )
     job.batches.restore(checkpoint.values["data"])
     return checkpoint.step
@@ -239,14 +242,24 @@ def proof_rows(result: TrainResult) -> list[tuple[str, str, bool | None]]:
     plain = reference.peak_bytes if reference is not None else made.plain_peak_bytes
     how = "measured" if reference is not None else "predicted"
     rows.append((f"plain training's peak ({how})", shown(plain), None))
-    rows.append(("budget", f"{shown(made.budget_bytes)} ({made.budget_bytes / plain:.0%} of plain)", None))
+    rows.append(
+        ("budget", f"{shown(made.budget_bytes)} ({made.budget_bytes / plain:.0%} of plain)", None)
+    )
     rows.append(("predicted peak", shown(made.peak_bytes), None))
-    off = f"{shown(result.peak_bytes)} ({result.peak_bytes / made.peak_bytes - 1:+.2%} of predicted)"
+    off = (
+        f"{shown(result.peak_bytes)} ({result.peak_bytes / made.peak_bytes - 1:+.2%} of predicted)"
+    )
     rows.append(("measured peak, most of all steps", off, result.peak_bytes <= made.budget_bytes))
     if reference is not None and result.update_error is not None:
         bound = max(3 * reference.own_error, 1e-12)
         text = f"{result.update_error:.1e} (plain's own, samples in reverse order: {reference.own_error:.1e})"
-        rows.append((f"error of the update after {_COMPARED_STEPS} steps", text, result.update_error <= bound))
+        rows.append(
+            (
+                f"error of the update after {_COMPARED_STEPS} steps",
+                text,
+                result.update_error <= bound,
+            )
+        )
         losses = [line.loss for line in result.lines[:_COMPARED_STEPS]]
         gap = max(abs(a - b) for a, b in zip(losses, reference.losses, strict=True))
         rows.append(("largest difference of the losses", f"{gap:.1e}", None))
@@ -254,7 +267,13 @@ def proof_rows(result: TrainResult) -> list[tuple[str, str, bool | None]]:
         rows.append(("step time against plain", f"{ratio:.2f}", None))
     if result.load_resident_bytes is not None:
         text = f"{shown(result.load_resident_bytes)} (at most {shown(result.resident_limit_bytes)})"
-        rows.append(("resident memory above the empty process", text, result.load_resident_bytes <= result.resident_limit_bytes))
+        rows.append(
+            (
+                "resident memory above the empty process",
+                text,
+                result.load_resident_bytes <= result.resident_limit_bytes,
+            )
+        )
     if len(result.lines) > 1:
         first, last = result.lines[0].loss, result.lines[-1].loss
         rows.append(("loss, first and last step", f"{first:.4f} -> {last:.4f}", None))

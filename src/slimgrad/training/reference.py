@@ -54,9 +54,13 @@ def run_reference(spec: JobSpec, folder: Path, num_steps: int = 2) -> Reference:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "slimgrad.training.reference"]
     arguments = [json.dumps(spec.to_json()), str(folder), str(num_steps)]
-    ran = subprocess.run([*command, *arguments], capture_output=True, text=True, env=dict(os.environ))
+    ran = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=dict(os.environ)
+    )
     if ran.returncode:
-        raise SlimgradError(f"plain training failed in its own process: {ran.stderr.strip()[-800:]}")
+        raise SlimgradError(
+            f"plain training failed in its own process: {ran.stderr.strip()[-800:]}"
+        )
     return read_reference(folder)
 
 
@@ -120,7 +124,10 @@ def main(spec_json: str, folder: str, num_steps: str = "2") -> None:
     write_tensors(out / "before.safetensors", _named(job.model))
     losses, step_s, ledger = _run(job, int(num_steps), reverse=False)
     write_tensors(out / "after.safetensors", _named(job.model))
-    before, after = open_tensors(out / "before.safetensors"), open_tensors(out / "after.safetensors")
+    before, after = (
+        open_tensors(out / "before.safetensors"),
+        open_tensors(out / "after.safetensors"),
+    )
     with torch.no_grad():
         for name, parameter in job.model.named_parameters():
             before[name].read_into(parameter)
