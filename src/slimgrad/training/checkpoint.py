@@ -92,7 +92,8 @@ def save_checkpoint(folder: str | Path, state: CheckpointState, *, keep: int = 2
             f"could not write a checkpoint of step {state.step} to {folder} ({error}); "
             "what was there before is untouched: free space or choose another folder"
         ) from error
-    _prune(folder, keep)
+    with suppress(OSError):  # the new generation counts already; the next save tries again
+        _prune(folder, generation, keep)
     return generation
 
 
@@ -187,16 +188,17 @@ def _write_generation(temporary: Path, final: Path, state: CheckpointState) -> P
     return final
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, newest: Path, keep: int) -> None:
     """Remove all but the last ``keep`` whole generations, and what killed runs left behind.
 
     A generation loses its name before its files: one that is half removed is never taken for a damaged one.
     """
-    kept = [path for path in committed(folder) if damage_of(path, content=False) is None][:keep]
+    older = [path for path in committed(folder) if path != newest]
+    whole = [path for path in older if damage_of(path, content=False) is None]
+    kept = [newest, *whole[: keep - 1]]
     for path in generations(folder):
         if path not in kept:
-            with suppress(OSError):
-                durable.rename(path, folder / f".old-{path.name}-{os.getpid()}")
+            durable.rename(path, folder / f".old-{path.name}-{os.getpid()}")
     for path in folder.iterdir():
         if _LEFTOVER.match(path.name):
             durable.remove_tree(path)
