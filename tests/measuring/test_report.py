@@ -283,10 +283,10 @@ def test_squarify_fills_the_rectangle_in_proportion(sizes):
     areas = np.array([p.width * p.height for p in places])
     np.testing.assert_allclose(areas, 120000 * np.array(sizes) / sum(sizes), rtol=1e-6, atol=1e-2)
     for p in places:
-        assert p.x >= 3 - 1e-2
-        assert p.y >= 5 - 1e-2
-        assert p.x + p.width <= 403 + 1e-2
-        assert p.y + p.height <= 305 + 1e-2
+        assert p.x >= 3
+        assert p.y >= 5
+        assert p.x + p.width <= 403 + 1e-6
+        assert p.y + p.height <= 305 + 1e-6
 
 
 def test_squarify_prefers_squares():

@@ -79,19 +79,25 @@ def _worst(row: Sequence[float], side: float) -> float:
 
 
 def _place(row: Sequence[float], rect: Rect) -> tuple[list[Rect], Rect]:
-    """``row`` along the shorter side of ``rect``, and what is left of ``rect``."""
-    placed: list[Rect] = []
+    """``row`` along the shorter side of ``rect``, and what is left of ``rect``.
+
+    Lengths are shares of the side and the thickness never exceeds the rectangle's, so that rounding cannot push
+    a cell outside.
+    """
+    total, offset, placed = sum(row), 0.0, list[Rect]()
     if rect.width >= rect.height:
-        thickness, y = sum(row) / rect.height, rect.y
+        thickness = min(total / rect.height, rect.width)
         for area in row:
-            placed.append(Rect(rect.x, y, thickness, area / thickness))
-            y += area / thickness
-        return placed, Rect(rect.x + thickness, rect.y, max(rect.width - thickness, 0), rect.height)
-    thickness, x = sum(row) / rect.width, rect.x
+            length = rect.height * area / total
+            placed.append(Rect(rect.x, rect.y + offset, thickness, length))
+            offset += length
+        return placed, Rect(rect.x + thickness, rect.y, rect.width - thickness, rect.height)
+    thickness = min(total / rect.width, rect.height)
     for area in row:
-        placed.append(Rect(x, rect.y, area / thickness, thickness))
-        x += area / thickness
-    return placed, Rect(rect.x, rect.y + thickness, rect.width, max(rect.height - thickness, 0))
+        length = rect.width * area / total
+        placed.append(Rect(rect.x + offset, rect.y, length, thickness))
+        offset += length
+    return placed, Rect(rect.x, rect.y + thickness, rect.width, rect.height - thickness)
 
 
 @dataclass
