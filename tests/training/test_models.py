@@ -178,7 +178,6 @@ def test_a_folder(folder, capfd):
     loaded = load_model(str(folder))
     assert type(loaded.model).__name__ == "LlamaForCausalLM"
     assert loaded.model.training
-    assert loaded.model.config.use_cache is False
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     assert loaded.tokenizer is None
     assert loaded.name.startswith("tiny-llama")

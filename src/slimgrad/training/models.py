@@ -56,7 +56,7 @@ _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vo
 
 
 def load_model(spec: str = "smollm2", *, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load the model that ``spec`` names, ready to train: training mode, no key-value cache.
+    """Load the model that ``spec`` names, ready to train: training mode.
 
     ``spec`` is ``"smollm2"`` or ``"minilm"``, a Hugging Face folder (safetensors), a ``.gguf`` file, or
     ``"package.module:factory"``: a function that returns an ``nn.Module``, or a module and a tokenizer.
@@ -72,9 +72,6 @@ def load_model(spec: str = "smollm2", *, dtype: torch.dtype = torch.float32) -> 
         loaded = _load_factory(spec)
     else:
         raise _unknown(spec)
-    config = getattr(loaded.model, "config", None)
-    if hasattr(config, "use_cache"):
-        config.use_cache = False  # pyright: ignore[reportOptionalMemberAccess]
     loaded.model.train()
     _release_memory()
     return loaded

@@ -1,7 +1,6 @@
 """The function against plain autograd, and the method on small plain modules."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -421,7 +420,6 @@ RECORD = ModelRecord(
     batch_size=2,
     separable=True,
     elementwise=True,
-    loss_chunks=(64, 256),
 )
 NUM_CLASSES = 23
 
@@ -469,14 +467,27 @@ def test_it_is_a_method():
         ChunkedCrossEntropy(backend="other")
 
 
-def test_offer_names_the_measured_variant():
+def test_settings_are_made_for_the_heads_that_the_loss_uses():
+    model, batch = Classifier(), batch_of()
+    settings = ChunkedCrossEntropy.settings(Host(model, None, loss_of_model), batch)
+    assert not isinstance(settings, Refusal)
+    assert {s.heads for s in settings} == {("head",)}
+    assert len({s.chunk_size for s in settings if s.backend == "slimgrad"}) > 1
     block = Block("", Scope.MODEL, record=RECORD)
-    offer = ChunkedCrossEntropy(chunk_size=64).offer(block)
-    assert isinstance(offer, Offer)
-    assert offer.record == replace(RECORD, loss_chunk=64)
-    assert isinstance(ChunkedCrossEntropy(chunk_size=65).offer(block), Refusal)
-    again = ChunkedCrossEntropy(chunk_size=64).offer(replace(block, record=offer.record))
-    assert isinstance(again, Refusal)
+    for setting in settings:
+        offer = setting.offer(block)
+        assert isinstance(offer, Offer)
+        assert offer.record == RECORD  # the measured step already has it
+        assert str(setting.chunk_size) in offer.note
+
+
+def test_settings_are_refused_where_no_head_feeds_a_cross_entropy():
+    def squares(model, batch):
+        return model(batch[0]).square().mean()
+
+    settings = ChunkedCrossEntropy.settings(Host(Classifier(), None, squares), batch_of())
+    assert isinstance(settings, Refusal)
+    assert "cross-entropy" in settings.reason
 
 
 def test_discover_finds_the_head_and_leaves_all_as_it_was():

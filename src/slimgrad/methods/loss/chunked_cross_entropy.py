@@ -28,9 +28,9 @@ References: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models,
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,8 +39,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from slimgrad.errors import MethodError, UnsupportedError
-from slimgrad.host import Batch, LossFn
-from slimgrad.method import Block, Offer, Paper, Refusal, Scope, Undo
+from slimgrad.host import Batch, Host, LossFn
+from slimgrad.measuring.fake import faked
+from slimgrad.method import Block, Method, Offer, Paper, Refusal, Scope, Undo
 from slimgrad.methods.loss.deferring_head import DeferringForward, is_plain_linear
 from slimgrad.methods.loss.linear_cross_entropy import (
     DEFAULT_CHUNK_SIZE,
@@ -48,6 +49,9 @@ from slimgrad.methods.loss.linear_cross_entropy import (
     core_is_present,
 )
 from slimgrad.types import Column, Exactness
+
+_CHUNK_SIZES = (128, 512)  # measured in planning: a lean one and a fast one
+_CORE_CHUNK_SIZE = 512  # torch's own default is many times slower
 
 
 @dataclass(frozen=True)
@@ -75,20 +79,26 @@ class ChunkedCrossEntropy:
         if self.backend not in ("slimgrad", "torch"):
             raise MethodError(f"expected backend 'slimgrad' or 'torch', found {self.backend!r}")
 
+    @classmethod
+    def settings(cls, host: Host, batch: Any) -> Sequence[Method] | Refusal:
+        """Chunk sizes to measure, for the heads whose outputs the user's loss gives to a cross-entropy."""
+        with faked(host.model, batch) as (fake_batch,):
+            try:
+                heads = discover(host.model, host.loss_fn, fake_batch)
+            except Exception as error:
+                return Refusal(f"no head could be found: the loss does not run on fake tensors ({error!r})")
+        if not heads:
+            return Refusal("the loss is no cross-entropy of a linear layer's outputs")
+        core = [cls(_CORE_CHUNK_SIZE, "torch", heads)] if core_is_present() else []
+        return [*(cls(size, heads=heads) for size in _CHUNK_SIZES), *core]
+
     def offer(self, block: Block) -> Offer | Refusal:
-        """The measured variant of the step with this chunk size."""
-        record = block.model_record
+        """The measured step already takes its loss in chunks."""
         if self.backend == "torch" and not core_is_present():
             return Refusal("torch has no linear_cross_entropy before 2.13")
-        if record.loss_chunk:
-            return Refusal(f"the loss is already taken in chunks of {record.loss_chunk} tokens")
-        if self.chunk_size not in record.loss_chunks:
-            return Refusal(
-                f"the step was not measured with chunks of {self.chunk_size} tokens: its loss is no cross-entropy of a "
-                "linear head, or other chunk sizes were measured"
-            )
-        note = f"loss in chunks of {self.chunk_size} tokens, no logits"
-        return Offer(replace(record, loss_chunk=self.chunk_size), note)
+        by = " by torch's linear_cross_entropy" if self.backend == "torch" else ""
+        note = f"loss in chunks of {self.chunk_size} tokens{by}, no logits"
+        return Offer(block.model_record, note)
 
     def attach(self, block: Block) -> Undo:
         """Let the model's heads return deferred logits; raises UnsupportedError where no head is found."""
