@@ -117,7 +117,8 @@ class StreamedUpdate:
         self.update_slices(parameter, lambda start, end: flat[start:end])
 
     def _update_whole(self, parameter: Tensor) -> None:
-        self.ahead.forget()
+        if self.cuts(parameter) is not None:  # a sparse gradient: slices of it may be on their way
+            self.ahead.forget()
         state = self.state.full(parameter)
         if state:
             self._optimizer.state[parameter] = state

@@ -367,6 +367,28 @@ class Modified(nn.Module):
         return y
 
 
+class ModifiedBetween(nn.Module):
+    """Allowed in plain autograd: the first thing that saved ``h`` is not in the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        h = x * 2
+        self.unused = h * self.weight
+        with torch.no_grad():
+            h.add_(1)
+        return (h * self.weight).sum()
+
+
+def test_a_storage_is_written_again_when_it_was_modified():
+    host = host_of(Chain(ModifiedBetween, 1))
+    attach(host, ["blocks.0"])
+    host.model.blocks[0](torch.ones(64)).backward()
+    assert host.model.blocks[0].weight.grad.eq(3).all()
+
+
 @pytest.mark.parametrize("what", ["input", "weight"])
 def test_what_stays_is_checked_as_autograd_does(what):
     host = host_of(Chain(lambda: Modified(what), 1))

@@ -291,7 +291,7 @@ def test_loading_a_state_dict():
     step, plain_step, source_step = Driver(host), Driver(plain), Driver(source)
     first, second, third = batches(3, seed=5)
     for each in (step, plain_step, source_step):
-        each(first)
+        each(first), each(third)
     source_step(second)  # another state than the one in the store
     saved = copy.deepcopy(source.optimizer.state_dict())
     size = store_of(host).file_bytes
@@ -375,6 +375,42 @@ def test_a_closure_is_refused():
         host.optimizer.step(closure=lambda: 0.0)
 
 
+@pytest.mark.parametrize("num_buffers", [1, 2, 3, 9])
+@pytest.mark.parametrize("sizes", [[40], [12, 15], [40, 12]])
+def test_nothing_is_read_before_it_is_written(sizes, num_buffers):
+    def make():
+        torch.manual_seed(0)
+        model = nn.ParameterList(torch.randn(n) for n in sizes)
+        return Host(model, OPTIMIZERS["adamw"](model.parameters()), loss_fn)
+
+    plain, host = make(), make()
+    attach(host, num_buffers=num_buffers)
+    for step in range(4):
+        for each in (plain, host):
+            for parameter in each.model:
+                parameter.grad = parameter.detach().cos() * (step + 1)
+            each.optimizer.step()
+    assert same(host, plain)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_sparse_and_dense_gradients_take_turns():
+    def make():
+        torch.manual_seed(0)
+        model = nn.Embedding(20, 3)
+        return Host(model, OPTIMIZERS["adagrad"](model.parameters()), loss_fn)
+
+    plain, host = make(), make()
+    attach(host)
+    for is_sparse in (False, False, True, False, True, True, False):
+        for each in (plain, host):
+            gradient = each.model.weight.detach().cos()
+            each.model.weight.grad = gradient.to_sparse(1) if is_sparse else gradient
+            each.optimizer.step()
+            each.model.weight.grad = None
+        assert same(host, plain)
+
+
 def test_a_shortened_file_is_told():
     host = training(OPTIMIZERS["adamw"])
     attach(host)
@@ -384,6 +420,26 @@ def test_a_shortened_file_is_told():
     os.ftruncate(store_of(host).fileno(), 0)
     with pytest.raises(StorageError, match="cut short"):
         step(second)
+
+
+def test_an_update_that_fails_keeps_the_gradients_of_the_users_loop():
+    host, updated = training(OPTIMIZERS["adamw"]), []
+    attach(host)
+    update = host.update
+
+    def fails_at_last(parameter):
+        updated.append(parameter)
+        if len(updated) == 3:
+            raise StorageError("no more")
+        update(parameter)
+
+    host.update = fails_at_last
+    loss_fn(host.model, batches(1)[0]).backward()
+    gradients = [p.grad for p in host.parameters()]
+    with pytest.raises(StorageError, match="no more"):
+        host.optimizer.step()
+    for parameter, gradient in zip(host.parameters(), gradients, strict=True):
+        assert parameter.grad is gradient
 
 
 def test_no_room_leaves_all_as_it_was(monkeypatch):

@@ -99,13 +99,10 @@ class _Call:
         self._has_begun = True
         call: _Call | None = self
         for _ in range(prefetch + 1):
-            if call is None:
-                return
-            for reference in reversed(call.saved):
-                saved = reference()
-                if saved is not None:
+            for reference in reversed(call.saved if call is not None else []):
+                if (saved := reference()) is not None:
                     saved.read_ahead()
-            call = call.before() if call.before is not None else None
+            call = call.before() if call is not None and call.before is not None else None
 
 
 @dataclass(frozen=True)
@@ -136,25 +133,20 @@ class _Tape:
         self._model = host.model
         self._last: weakref.ref[_Call] | None = None
         self._saved: weakref.WeakValueDictionary[int, _Saved] = weakref.WeakValueDictionary()
-        self._weights: frozenset[int] = frozenset()
+        self.weights: frozenset[int] = frozenset()  # addresses of the model's own storages
 
     def begin(self) -> _Call:
         """A new call; the first one of a step looks up where the model's own storages are."""
-        before = self._last
-        if before is None or before() is None:
-            before = None
+        before = self._last if self._last is not None and self._last() is not None else None
+        if before is None:
             tensors = (*self._model.parameters(), *self._model.buffers())
-            self._weights = frozenset(map(_address, tensors))
+            self.weights = frozenset(map(_address, tensors))
         return _Call(before)
 
     def end(self, call: _Call) -> None:
         """The call's forward pass is over; one that saved nothing leaves no trace."""
         if call.saved:
             self._last = weakref.ref(call)
-
-    def is_weight(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` is a view of a parameter or buffer of the model."""
-        return _address(tensor) in self._weights
 
     def saved(self, tensor: Tensor) -> _Saved:
         """The storage of ``tensor`` as it is now, written to the store unless it was already."""
@@ -189,14 +181,16 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
+_MODIFIED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of "
+    "shape {} that the block saved for backward; do not modify it between forward and backward"
+)
+
+
 def _unpack(prefetch: int, packed: _Packed | _Kept) -> Tensor:
     if isinstance(packed, _Kept):
         if packed.tensor._version != packed.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"a tensor of shape {list(packed.tensor.shape)} is at version {packed.tensor._version}, expected "
-                f"version {packed.version}"
-            )
+            raise RuntimeError(_MODIFIED.format(list(packed.tensor.shape)))
         return packed.tensor
     packed.call.begin_backward(prefetch)
     storage = packed.saved.restore()
@@ -296,7 +290,7 @@ class OffloadActivations:
             or tensor.is_conj()
             or tensor.is_neg()
             or _address(tensor) in inputs
-            or tape.is_weight(tensor)
+            or _address(tensor) in tape.weights
         )
         if stays:
             return _Kept(tensor, tensor._version)
