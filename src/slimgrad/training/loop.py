@@ -18,6 +18,7 @@ from slimgrad.planning.plan import Plan, plan
 from slimgrad.planning.profiling import measure
 from slimgrad.training.checkpoint import latest, load_checkpoint, save_checkpoint
 from slimgrad.training.job import Job, JobSpec, loss_fn, open_job
+from slimgrad.training.models import import_libraries
 from slimgrad.training.offloaded import state_sink, state_source
 from slimgrad.training.reference import Reference, run_reference
 from slimgrad.training.resident import (
@@ -122,6 +123,7 @@ def train(request: TrainRequest, listener: Listener) -> tuple[TrainResult, Profi
 def _train_within(
     request: TrainRequest, reference: Reference | None, listener: Listener
 ) -> tuple[TrainResult, Profile | None]:
+    import_libraries()
     return_freed_memory()
     before = resident_bytes() if reset_high_water() else None
     listener.phase(f"loading {request.spec.model}")
@@ -252,7 +254,7 @@ def proof_rows(result: TrainResult) -> list[tuple[str, str, bool | None]]:
     rows.append(("measured peak, most of all steps", off, result.peak_bytes <= made.budget_bytes))
     if reference is not None and result.update_error is not None:
         bound = max(3 * reference.own_error, 1e-12)
-        text = f"{result.update_error:.1e} (plain's own, samples in reverse order: {reference.own_error:.1e})"
+        text = f"{result.update_error:.1e} (plain's own, against {reference.own_error_in}: {reference.own_error:.1e})"
         rows.append(
             (
                 f"error of the update after {_COMPARED_STEPS} steps",

@@ -230,3 +230,10 @@ def _release_memory() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         except (OSError, AttributeError):
             return  # another C library
+
+
+def import_libraries() -> None:
+    """Import what loading a pretrained model imports, where it is installed: code, not the model."""
+    for name in ("transformers", "transformers.models.llama.modeling_llama", "gguf"):
+        if find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)

@@ -1,8 +1,9 @@
 """Plain training of a job's first steps in a process of its own: what the planned run is compared with.
 
 Run as ``python -m slimgrad.training.reference SPEC_JSON FOLDER``. It writes the parameters before and after the
-steps, a second run with the samples of each batch in reverse order (the same mean, other rounding: how far
-plain training is from itself), the ledger's figures and the losses.
+steps, the ledger's figures and losses, and how far plain training is from the truth: the same steps again in
+float64, or, where the machine has no room for that, with the samples of each batch in reverse order (the same
+mean, other rounding).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from slimgrad.measuring.ledger import Ledger, MemoryTimeline
 from slimgrad.training.job import Job, JobSpec, adamw, loss_fn, open_job
 from slimgrad.training.tensor_files import StoredTensor, open_tensors, write_tensors
 from slimgrad.types import Column
+from slimgrad.verifying.gradient import in_float64
 
 _PIECE = 1 << 20  # elements compared at a time
 
@@ -41,6 +44,7 @@ class Reference:
     losses: list[float]
     step_s: float
     own_error: float
+    own_error_in: str
 
     def update_error(self, model: nn.Module) -> float:
         """|dtheta - dtheta_plain| / |dtheta_plain| of ``model`` after the same steps, read in small pieces."""
@@ -71,7 +75,7 @@ def read_reference(folder: Path) -> Reference:
     timeline = MemoryTimeline(
         {c: arrays[c.value] for c in Column}, tuple((m[0], m[1]) for m in data["marks"])
     )
-    keys = ("peak_bytes", "columns", "losses", "step_s", "own_error")
+    keys = ("peak_bytes", "columns", "losses", "step_s", "own_error", "own_error_in")
     return Reference(folder=folder, timeline=timeline, **{k: data[k] for k in keys})
 
 
@@ -83,7 +87,7 @@ def _distance(
         flat = ours[name].detach().reshape(-1)
         for start in range(0, flat.numel(), _PIECE):
             piece = flat[start : start + _PIECE]
-            old, new = torch.empty_like(piece), torch.empty_like(piece)
+            old, new = (torch.empty(piece.shape, dtype=before[name].dtype) for _ in range(2))
             before[name].read_into(old, start)
             after[name].read_into(new, start)
             difference += float((piece.double() - new.double()).square().sum())
@@ -95,7 +99,7 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def _run(job: Job, num_steps: int, *, reverse: bool) -> tuple[list[float], float, Ledger]:
+def _run(job: Job, num_steps: int, *, reverse: bool = False) -> tuple[list[float], float, Ledger]:
     losses: list[float] = []
     seconds: list[float] = []
     ledger = Ledger()
@@ -103,8 +107,9 @@ def _run(job: Job, num_steps: int, *, reverse: bool) -> tuple[list[float], float
         batch: Any = next(job.batches)
         if reverse:
             batch = map_tensors(lambda t: t.flip(0), batch)
+        ledger = Ledger(job.model, job.optimizer, inputs=batch)
         begin = time.perf_counter()
-        with Ledger(job.model, job.optimizer, inputs=batch) as ledger:
+        with ledger:
             loss = loss_fn(job.model, batch)
             loss.backward()
             job.optimizer.step()
@@ -113,6 +118,31 @@ def _run(job: Job, num_steps: int, *, reverse: bool) -> tuple[list[float], float
         losses.append(float(loss.detach()))
         del loss
     return losses, min(seconds), ledger
+
+
+def _own_error(
+    job: Job,
+    num_steps: int,
+    before: dict[str, StoredTensor],
+    after: dict[str, StoredTensor],
+    peak: int,
+) -> tuple[float, str]:
+    """How far the plain steps are from the same steps in float64, and what was compared with."""
+    job.optimizer.state.clear()
+    with torch.no_grad():
+        for name, parameter in job.model.named_parameters():
+            before[name].read_into(parameter)
+    if psutil.virtual_memory().available < 2.5 * peak:
+        job.optimizer = adamw(job.spec, job.model)
+        _run(job, num_steps, reverse=True)
+        return _distance(_named(job.model), before, after), "samples in reverse order"
+    with in_float64(job.model):
+        job.optimizer = adamw(job.spec, job.model)
+        for _ in range(num_steps):
+            loss_fn(job.model, next(job.batches)).backward()
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+        return _distance(_named(job.model), before, after), "float64"
 
 
 def main(spec_json: str, folder: str, num_steps: str = "2") -> None:
@@ -128,19 +158,16 @@ def main(spec_json: str, folder: str, num_steps: str = "2") -> None:
         open_tensors(out / "before.safetensors"),
         open_tensors(out / "after.safetensors"),
     )
-    with torch.no_grad():
-        for name, parameter in job.model.named_parameters():
-            before[name].read_into(parameter)
-    job.optimizer = adamw(spec, job.model)
     job.batches.restore(start)
-    _run(job, int(num_steps), reverse=True)
+    own_error, own_error_in = _own_error(job, int(num_steps), before, after, ledger.peak_bytes)
     figures = {
         "peak_bytes": ledger.peak_bytes,
         "columns": {c.value: v for c, v in ledger.columns.items()},
         "marks": [list(m) for m in ledger.timeline.marks],
         "losses": losses,
         "step_s": step_s,
-        "own_error": _distance(_named(job.model), before, after),
+        "own_error": own_error,
+        "own_error_in": own_error_in,
     }
     np.savez(out / "timeline.npz", **{c.value: v for c, v in ledger.timeline.columns.items()})  # pyright: ignore
     (out / "figures.json").write_text(json.dumps(figures))

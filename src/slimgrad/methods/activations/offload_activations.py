@@ -235,12 +235,14 @@ class OffloadActivations:
                 f"the block saves {format_bytes(record.saved_bytes)}, less than min_bytes "
                 f"({format_bytes(self.min_bytes)})"
             )
+        kept = sum(size for size in record.saved_sizes if size < self.min_bytes)
+        moved = record.held_bytes - kept
         changed = replace(
             record,
-            held_bytes=0,
+            held_bytes=kept,
             restore=Restore.COPY,
-            store_s=record.store_s + record.held_bytes / record.write_bytes_s,
-            restore_s=record.restore_s + record.held_bytes / record.read_bytes_s,
+            store_s=record.store_s + moved / record.write_bytes_s,
+            restore_s=record.restore_s + moved / record.read_bytes_s,
         )
         return Offer(changed, "saved activations outside the device")
 

@@ -86,7 +86,9 @@ class ChunkedCrossEntropy:
             try:
                 heads = discover(host.model, host.loss_fn, fake_batch)
             except Exception as error:
-                return Refusal(f"no head could be found: the loss does not run on fake tensors ({error!r})")
+                return Refusal(
+                    f"no head could be found: the loss does not run on fake tensors ({error!r})"
+                )
         if not heads:
             return Refusal("the loss is no cross-entropy of a linear layer's outputs")
         core = [cls(_CORE_CHUNK_SIZE, "torch", heads)] if core_is_present() else []
