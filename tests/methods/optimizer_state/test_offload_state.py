@@ -12,9 +12,9 @@ from slimgrad.errors import MethodError, StorageError, UnsupportedError
 from slimgrad.host import Host
 from slimgrad.method import Block, ModelRecord, Offer, Refusal, Scope
 from slimgrad.methods.optimizer_state.offload_state import OffloadState
-from slimgrad.optimizers import is_elementwise
+from slimgrad.optimizers import is_elementwise, is_sliceable
 from slimgrad.storage import store_of
-from slimgrad.streaming import StreamedUpdate, cuts_of, is_sliceable
+from slimgrad.streaming import StreamedUpdate, cuts_of
 
 
 class Lion(torch.optim.Optimizer):
