@@ -15,7 +15,7 @@ from slimgrad import catalogue
 from slimgrad.batches import batch_size, check_batch
 from slimgrad.errors import LossError, ModelError, SlimgradError
 from slimgrad.host import Host, LossFn
-from slimgrad.measuring.blocks import cut
+from slimgrad.measuring.blocks import cut, cut_large
 from slimgrad.measuring.clock import OpKey, time_operations
 from slimgrad.measuring.fake import is_fake
 from slimgrad.measuring.optimizer import OptimizerLaw, no_optimizer, optimizer_law
@@ -52,8 +52,8 @@ def measure(
     names = {id(p): name for name, p in model.named_parameters()}
     host = Host(model, optimizer, loss_fn)
     keys: dict[OpKey, int] = {}
-    paths = cut(model)
-    traces: dict[tuple[Setting, ...], Trace] = {(): _traced(host, batch, paths, keys)}
+    paths, plain = _cut_and_traced(host, batch, keys)
+    traces: dict[tuple[Setting, ...], Trace] = {(): plain}
     refusals: dict[str, str] = {}
     for methods in _rewritings(host, batch, refusals):
         with _attached(host, methods):
@@ -116,6 +116,19 @@ def _traced(
             raise LossError(
                 f"one forward and backward pass of loss_fn failed: {error!r} (on fake tensors: {fake_error!r})"
             ) from error
+
+
+def _cut_and_traced(host: Host, batch: Any, keys: dict[OpKey, int]) -> tuple[list[str], Trace]:
+    """The plain step's trace with blocks of comparable size: what is large is cut again and traced again."""
+    paths = cut(host.model)
+    while True:
+        trace = _traced(host, batch, paths, keys)
+        blocks = Layout(trace, no_optimizer([]), 0).blocks
+        saved = {p: sum(call_bytes(trace, s) for s in b.saved.values()) for p, b in blocks.items()}
+        finer = cut_large(host.model, paths, saved)
+        if finer == paths:
+            return paths, trace
+        paths = finer
 
 
 def _rewritings(host: Host, batch: Any, refusals: dict[str, str]) -> Iterator[tuple[Method, ...]]:
