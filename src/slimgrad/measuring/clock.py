@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from slimgrad.measuring.randomness import kept_randomness
@@ -164,6 +165,23 @@ def _attention_flops(key: OpKey) -> int:
     return int((5 if backward else 2) * 2 * batch * heads * n * k.shape[2] * d)
 
 
+_SIZED_BY_KERNEL = frozenset({"mkldnn_rnn_layer"})
+"""Operations with an output whose size only the kernel knows: fake tensors say nothing of it."""
+
+
+def sized_by_kernel(key: OpKey) -> bool:
+    """Whether fake tensors may tell too few bytes of an operation's outputs."""
+    return name_of(key) in _SIZED_BY_KERNEL
+
+
+def output_bytes(key: OpKey) -> list[int]:
+    """Bytes of each output's storage, by running the operation once on made-up values."""
+    func, (args, kwargs) = key
+    with kept_randomness(), torch.no_grad():
+        out = func(*(_build(a) for a in args), **{k: _build(v) for k, v in kwargs})
+    return [t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, Tensor)]
+
+
 @dataclass
 class Rates:
     """What this machine reached: used for operations too large to be timed, and told to the user."""
@@ -177,7 +195,7 @@ _INDEXED = frozenset(
     "embedding embedding_dense_backward gather index_select index index_put index_put_ masked_fill masked_fill_ "
     "where nll_loss_forward nll_loss_backward scatter scatter_ scatter_add scatter_add_ "
     "max_pool2d_with_indices_backward _to_copy copy_ clone add mul eq ne lt le gt ge bitwise_and bitwise_or "
-    "logical_and logical_or logical_not any all cumsum arange full".split()
+    "logical_and logical_or logical_not any all cumsum arange full _linear_cross_entropy_batch_chunked".split()
 )
 _OPAQUE = frozenset({"workspace", "reserve", "philox_seed", "rng_state"})
 

@@ -13,7 +13,7 @@ from torch._C._autograd import _get_sequence_nr
 
 from slimgrad.errors import LossError
 from slimgrad.host import LossFn, Share
-from slimgrad.measuring.clock import OpKey, op_key
+from slimgrad.measuring.clock import OpKey, op_key, output_bytes, sized_by_kernel
 from slimgrad.measuring.fake import faked
 from slimgrad.measuring.ledger import MemoryTimeline, timeline_of
 from slimgrad.measuring.randomness import RandomState
@@ -87,6 +87,7 @@ class _Recorder:
         self.op_call: list[int] = []
         self.op_backward: list[bool] = []
         self.gradients: dict[str, tuple[int, int]] = {}
+        self.sized_by_kernel: list[tuple[OpKey, list[int | None]]] = []
         self.tracker: Tracker | None = None
         self._handles: list[Any] = []
         self._last = -1
@@ -144,12 +145,15 @@ class _Recorder:
 
         return hook
 
-    def on_op(self, _tick: int, func: Any, args: Any, kwargs: Any, _out: Any) -> None:
+    def on_op(self, _tick: int, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        assert self.tracker is not None
         backward = current_task() != -1
         if backward:
             self._last = self._call_of_node(torch._C._current_autograd_node())
         call = self._last if backward else (self.open[-1] if self.open else -1)
         key = op_key(func, args, kwargs)
+        if sized_by_kernel(key):
+            self.sized_by_kernel.append((key, [self.tracker.see(t) for t in plain_tensors(out)]))
         self.op.append(self.keys.setdefault(key, len(self.keys)))
         self.op_call.append(call)
         self.op_backward.append(backward)
@@ -183,15 +187,12 @@ def trace_step(
     batches = [share.batch for share in shares]
     if fake:
         with faked(model, *batches) as fakes:
-            return _trace(
-                model,
-                loss_fn,
-                [Share(b, s.weight) for b, s in zip(fakes, shares, strict=True)],
-                block_paths,
-                keys,
-            )
+            fake_shares = [Share(b, s.weight) for b, s in zip(fakes, shares, strict=True)]
+            trace, recorder = _trace(model, loss_fn, fake_shares, block_paths, keys)
+        _correct_sizes(trace, recorder)
+        return trace
     with untouched(model):
-        return _trace(model, loss_fn, shares, block_paths, keys)
+        return _trace(model, loss_fn, shares, block_paths, keys)[0]
 
 
 class untouched:  # noqa: N801
@@ -223,7 +224,7 @@ def _trace(
     shares: Sequence[Share],
     block_paths: Sequence[str],
     keys: dict[OpKey, int],
-) -> Trace:
+) -> tuple[Trace, _Recorder]:
     recorder = _Recorder(keys, block_paths, model)
     tracker = Tracker(model, inputs=[s.batch for s in shares], on_op=recorder.on_op)
     recorder.tracker = tracker
@@ -237,7 +238,7 @@ def _trace(
         recorder.close()
         for parameter in model.parameters():
             parameter.grad = None
-    return _trace_of(tracker, recorder, len(shares))
+    return _trace_of(tracker, recorder, len(shares)), recorder
 
 
 def checked_loss(loss: Any) -> Tensor:
@@ -258,6 +259,17 @@ def checked_loss(loss: Any) -> Tensor:
             "parameter require a gradient?"
         )
     return loss
+
+
+def _correct_sizes(trace: Trace, recorder: _Recorder) -> None:
+    """Put in the bytes of outputs that fake tensors could not know (the work space of an LSTM's kernel)."""
+    known: dict[OpKey, list[int]] = {}
+    for key, storages in recorder.sized_by_kernel:
+        if key not in known:
+            known[key] = output_bytes(key)
+        for storage, nbytes in zip(storages, known[key], strict=True):
+            if storage is not None:
+                trace.nbytes[storage] = max(int(trace.nbytes[storage]), nbytes)
 
 
 def _trace_of(tracker: Tracker, recorder: _Recorder, num_shares: int) -> Trace:

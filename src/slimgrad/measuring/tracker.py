@@ -235,6 +235,8 @@ class Tracker(TorchDispatchMode):
     ) -> Any:
         """Run ``func`` and note the storages it shows."""
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # a question about a fake tensor, no operation
+            return func(*args, **kwargs)
         self._follow()
         for tensor in plain_tensors((args, kwargs)):
             self.see(tensor, born=0)
