@@ -30,6 +30,8 @@ from slimgrad.types import Column
 
 FORWARD, BACKWARD, OPTIMIZER = 0, 1, 2
 
+_DEVICE = torch.ops.prim.device.default  # asked of fake tensors all the time: no operation of the step
+
 current_task: Callable[[], int] = torch._C._current_graph_task_id
 """The running backward pass, or -1: what tells forward from backward on any thread."""
 
@@ -235,6 +237,8 @@ class Tracker(TorchDispatchMode):
     ) -> Any:
         """Run ``func`` and note the storages it shows."""
         kwargs = kwargs or {}
+        if func is _DEVICE:
+            return func(*args, **kwargs)
         self._follow()
         for tensor in plain_tensors((args, kwargs)):
             self.see(tensor, born=0)
