@@ -80,7 +80,8 @@ def op_bytes(key: OpKey) -> int:
     return sum(spec.nbytes for spec in _specs(key))
 
 
-def _build(value: Any) -> Any:
+def built(value: Any) -> Any:
+    """A frozen argument as a real one: tensors of the same shape, strides and dtype with values of no meaning."""
     if isinstance(value, TensorSpec):
         span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True) if n > 0)
         span = max(span, 0) if all(value.shape) else 0
@@ -91,8 +92,8 @@ def _build(value: Any) -> Any:
         return flat.as_strided(value.shape, value.stride)
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
         if len(value) == 2 and value[0] == "dict":
-            return {k: _build(v) for k, v in value[1]}
-        return [_build(v) for v in value]
+            return {k: built(v) for k, v in value[1]}
+        return [built(v) for v in value]
     return value
 
 
@@ -151,8 +152,8 @@ def _synchronize(device: str) -> None:
 
 def _time(key: OpKey, deadline: float) -> float:
     func, (args, kwargs) = key
-    real_args = [_build(a) for a in args]
-    real_kwargs = {k: _build(v) for k, v in kwargs}
+    real_args = [built(a) for a in args]
+    real_kwargs = {k: built(v) for k, v in kwargs}
     device = next((s.device for s in _specs(key)), "cpu")
     taken: list[float] = []
     for attempt in range(4):

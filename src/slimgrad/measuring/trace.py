@@ -18,6 +18,7 @@ from slimgrad.measuring.fake import faked
 from slimgrad.measuring.ledger import MemoryTimeline, timeline_of
 from slimgrad.measuring.randomness import RandomState
 from slimgrad.measuring.tracker import Tracker, current_task, plain_tensors
+from slimgrad.measuring.workspaces import fill_workspaces
 from slimgrad.types import Column
 
 
@@ -183,13 +184,10 @@ def trace_step(
     batches = [share.batch for share in shares]
     if fake:
         with faked(model, *batches) as fakes:
-            return _trace(
-                model,
-                loss_fn,
-                [Share(b, s.weight) for b, s in zip(fakes, shares, strict=True)],
-                block_paths,
-                keys,
-            )
+            fake_shares = [Share(b, s.weight) for b, s in zip(fakes, shares, strict=True)]
+            trace = _trace(model, loss_fn, fake_shares, block_paths, keys)
+        fill_workspaces(trace, keys)
+        return trace
     with untouched(model):
         return _trace(model, loss_fn, shares, block_paths, keys)
 
