@@ -95,7 +95,7 @@ def method_of(setting: Setting) -> Method:
 
 
 def _traced(host: Host, batch: Any, paths: list[str], keys: dict[OpKey, int]) -> Trace:
-    shares = list(host.split(batch))[:2]  # the second part is like all later ones
+    shares = list(host.split(batch))[:3]  # the first, one like all later ones, and the last
     try:
         return trace_step(host.model, host.loss_fn, shares, paths, keys)
     except SlimgradError:
