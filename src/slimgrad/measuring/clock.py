@@ -57,7 +57,36 @@ def op_key(func: Any, args: Any, kwargs: Any) -> OpKey:
 
 
 _VIEWS = frozenset(
-    ["detach", "view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "permute", "unsqueeze", "squeeze", "alias", "as_strided", "split", "split_with_sizes", "unbind", "reshape", "_reshape_alias", "lift_fresh", "diagonal", "unfold", "view_as_real", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense"]
+    [
+        "detach",
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "expand",
+        "slice",
+        "select",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "alias",
+        "as_strided",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "reshape",
+        "_reshape_alias",
+        "lift_fresh",
+        "diagonal",
+        "unfold",
+        "view_as_real",
+        "empty",
+        "empty_like",
+        "new_empty",
+        "empty_strided",
+        "new_empty_strided",
+        "_local_scalar_dense",
+    ]
 )
 
 

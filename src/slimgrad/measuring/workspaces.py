@@ -15,7 +15,9 @@ from slimgrad.measuring.tracker import plain_tensors
 if TYPE_CHECKING:
     from slimgrad.measuring.trace import Trace
 
-_UNKNOWN = (torch.ops.aten.mkldnn_rnn_layer.default,)  # their fake versions return workspaces of 0 bytes
+_UNKNOWN = (
+    torch.ops.aten.mkldnn_rnn_layer.default,
+)  # their fake versions return workspaces of 0 bytes
 
 
 def fill_workspaces(trace: Trace, keys: Mapping[OpKey, int]) -> None:
@@ -36,4 +38,6 @@ def _sizes(key: OpKey) -> list[int]:
     func, (args, kwargs) = key
     with kept_randomness(), torch.enable_grad():  # no workspace is made without gradients
         out = func(*[built(a) for a in args], **{k: built(v) for k, v in kwargs})
-    return list({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in plain_tensors(out))}.values())
+    return list(
+        {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in plain_tensors(out))}.values()
+    )

@@ -148,12 +148,13 @@ class Layout:
             back = self._restored_at(index, record.restore)
             for storage in saved:
                 nbytes, column = int(self.trace.nbytes[storage]), int(self.trace.column[storage])
+                free = max(gone, int(self.drop[self.trace.cached.get(storage, 0)]))
                 here = back + (
                     int(self.trace.birth[storage]) - call.forward_from
                     if record.restore is Restore.REPLAY
                     else 0
                 )
-                changes.span(gone, here, -nbytes * (1 - share), column)
+                changes.span(free, here, -nbytes * (1 - share), column)
             if record.restore is Restore.REPLAY:
                 self._replayed_temporaries(changes, index, saved)
         return changes
