@@ -1,7 +1,7 @@
 """The models that the batteries run on: small, quick, and each with something that has broken tools like ours.
 
 A ``Sample`` makes a fresh (model, loss_fn, batch), the same one every time. Shapes: N samples, T tokens, D
-features, C classes or channels, V words.
+features.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The mean loss of a classifier on (inputs, labels)."""
-    return functional.cross_entropy(model(batch[0]), batch[1])
+    return functional.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
 
 
 def hugging_face_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -57,7 +57,8 @@ def hugging_face_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _labelled(x: Tensor, num_classes: int = 10) -> tuple[Tensor, Tensor]:
-    return x, torch.randint(0, num_classes, (x.shape[0],))
+    """Inputs with a label a sample (images) or a token (N, T, D)."""
+    return x, torch.randint(0, num_classes, x.shape[:2] if x.dim() == 3 else x.shape[:1])
 
 
 # -- plain modules -----------------------------------------------------------------------------------
@@ -65,10 +66,10 @@ def _labelled(x: Tensor, num_classes: int = 10) -> tuple[Tensor, Tensor]:
 
 @_sample
 def mlp() -> Made:
-    """Four equal blocks of two layers."""
+    """Four equal blocks of two layers, and a head."""
     blocks = [nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48)) for _ in range(4)]
     model = nn.Sequential(*blocks, nn.Linear(48, 10))
-    return model, cross_entropy, _labelled(torch.randn(64, 48))
+    return model, cross_entropy, _labelled(torch.randn(4, 16, 48))
 
 
 @_sample
@@ -80,7 +81,7 @@ def conv_batchnorm() -> Made:
             nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU())
         )
     model = nn.Sequential(*layers, nn.Sequential(nn.Flatten(), nn.Linear(16 * 64, 10)))
-    return model, cross_entropy, _labelled(torch.randn(16, 3, 8, 8))
+    return model, cross_entropy, _labelled(torch.randn(8, 3, 8, 8))
 
 
 class _Residual(nn.Module):
@@ -103,21 +104,21 @@ def residual_conv() -> Made:
     stack = nn.Sequential(*(_Residual(12) for _ in range(5)))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 10))
     model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), stack, head)
-    return model, cross_entropy, _labelled(torch.randn(8, 3, 12, 12))
+    return model, cross_entropy, _labelled(torch.randn(4, 3, 12, 12))
 
 
 @_sample
 def attention() -> Made:
     """Attention blocks with dropout: random masks must be drawn again as they were."""
     layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
-    body = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    body = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     model = nn.ModuleDict({"embed": nn.Embedding(50, 32), "body": body, "head": nn.Linear(32, 50)})
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
         logits = model["head"](model["body"](model["embed"](batch[:, :-1])))
         return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
-    return model, loss_fn, torch.randint(0, 50, (4, 25))
+    return model, loss_fn, torch.randint(0, 50, (4, 17))
 
 
 class _LstmModel(nn.Module):
@@ -176,7 +177,7 @@ def frozen_layer() -> Made:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(40, 40), nn.Tanh()) for _ in range(5)))
     for index in (0, 2):
         model[index].requires_grad_(False)
-    return model, cross_entropy, _labelled(torch.randn(48, 40), 40)
+    return model, cross_entropy, _labelled(torch.randn(4, 12, 40), 40)
 
 
 class _SharedTwice(nn.Module):
@@ -196,14 +197,16 @@ class _SharedTwice(nn.Module):
 @_sample
 def shared_twice() -> Made:
     """Every block is called twice a step, in turn: a block is a call, not a module."""
-    return _SharedTwice(), cross_entropy, _labelled(torch.randn(40, 32))
+    return _SharedTwice(), cross_entropy, _labelled(torch.randn(4, 10, 32))
 
 
 @_sample
 def in_place() -> Made:
     """Activations that overwrite what a layer returned."""
-    blocks = [nn.Sequential(nn.Linear(40, 80), nn.ReLU(inplace=True), nn.Linear(80, 40)) for _ in range(4)]
-    return nn.Sequential(*blocks), cross_entropy, _labelled(torch.randn(48, 40), 40)
+    blocks = [
+        nn.Sequential(nn.Linear(40, 80), nn.ReLU(inplace=True), nn.Linear(80, 40)) for _ in range(4)
+    ]
+    return nn.Sequential(*blocks), cross_entropy, _labelled(torch.randn(4, 12, 40), 40)
 
 
 class _Counting(nn.Module):
@@ -216,37 +219,51 @@ class _Counting(nn.Module):
     def forward(self, x_ND: Tensor) -> Tensor:
         with torch.no_grad():
             self.calls += 1
-            self.mean = 0.9 * self.mean + 0.1 * x_ND.mean(0)  # a new tensor in the buffer's place
+            self.mean = 0.9 * self.mean + 0.1 * x_ND.mean(
+                (0, 1)
+            )  # a new tensor in the buffer's place
         return self.out(torch.tanh(self.layer(x_ND - self.mean))) / self.calls.sqrt()
 
 
 @_sample
 def counting_buffer() -> Made:
     """Forward passes that read and write buffers, in place and by assignment."""
-    return nn.Sequential(*(_Counting() for _ in range(3))), cross_entropy, _labelled(torch.randn(40, 36), 36)
+    return (
+        nn.Sequential(*(_Counting() for _ in range(3))),
+        cross_entropy,
+        _labelled(torch.randn(4, 10, 36), 36),
+    )
 
 
 @_sample
 def non_contiguous() -> Made:
-    """A batch that is a transposed view, in a named tuple's place a list."""
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(3)))
+    """A list of transposed and strided views for a batch."""
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(3))
+    )
 
     def loss_fn(model: nn.Module, batch: list[Tensor]) -> Tensor:
         return (model(batch[0]) - batch[1]).square().mean()
 
-    return model, loss_fn, [torch.randn(32, 40).t(), torch.randn(40, 64)[:, ::2]]
+    return (
+        model,
+        loss_fn,
+        [torch.randn(10, 4, 32).transpose(0, 1), torch.randn(4, 10, 64)[..., ::2]],
+    )
 
 
 @_sample
 def autocast() -> Made:
     """Mixed precision inside the loss function."""
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48)) for _ in range(3)))
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48)) for _ in range(3))
+    )
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return functional.cross_entropy(model(batch[0]), batch[1])
+            return cross_entropy(model, batch)
 
-    return model, loss_fn, _labelled(torch.randn(64, 48), 48)
+    return model, loss_fn, _labelled(torch.randn(4, 16, 48), 48)
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------
@@ -254,12 +271,25 @@ def autocast() -> Made:
 
 @_sample
 def gpt2() -> Made:
-    """GPT-2 with its default dropout of 0.1, and a BatchEncoding for a batch."""
+    """GPT-2 with its default dropout of 0.1, and a BatchEncoding with a padded sample for a batch.
+
+    Without padding Hugging Face's code looks at the mask's values and leaves it out, which fake tensors cannot.
+    """
     from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=3, n_head=2)
-    words = torch.randint(0, 96, (4, 24))
-    batch = BatchEncoding({"input_ids": words, "attention_mask": torch.ones_like(words), "labels": words})
+    config = GPT2Config(
+        vocab_size=96,
+        n_positions=32,
+        n_embd=32,
+        n_layer=3,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    words, mask = torch.randint(0, 96, (4, 24)), torch.ones(4, 24, dtype=torch.int64)
+    mask[:, 20:] = 0
+    labels = words.masked_fill(mask == 0, -100)
+    batch = BatchEncoding({"input_ids": words, "attention_mask": mask, "labels": labels})
     return GPT2LMHeadModel(config), hugging_face_loss, batch
 
 
@@ -272,7 +302,7 @@ def llama() -> Made:
         vocab_size=128,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,

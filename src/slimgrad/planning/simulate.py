@@ -67,11 +67,13 @@ class Layout:
     def _place(self) -> None:
         trace, num = self.trace, self.trace.num_ticks
         before, after = np.zeros(num + 2, dtype=np.int64), np.zeros(num + 2, dtype=np.int64)
-        self.backward_tick: dict[int, int] = {}
+        self.backward_tick: dict[int, int] = {}  # the first operation of each call's backward
+        self.backward_last: dict[int, int] = {}
         for tick, call in zip(
             np.flatnonzero(trace.op_backward) + 1, trace.op_call[trace.op_backward], strict=True
         ):
             self.backward_tick.setdefault(int(call), int(tick))
+            self.backward_last[int(call)] = int(tick)
         self.backward_tick.pop(-1, None)
         offset: dict[int, int] = {}
         for index, tick in self.backward_tick.items():
@@ -184,26 +186,28 @@ class Layout:
             )
 
     def held_inputs(self, path: str) -> dict[int, int]:
-        """Border storages that recomputing ``path`` keeps alive longer: storage -> the slot it is held to."""
+        """Border storages that recomputing ``path`` keeps alive longer: storage -> the slot it is held to.
+
+        What recomputation starts from is let go when the last saved tensor of the call is, not when it has run.
+        """
         held: dict[int, int] = {}
         for index in self.blocks[path].calls:
             if index in self.window:
+                stop = int(self.at[self.backward_last[index]]) + 1
                 for storage in self.trace.calls[index].inputs:
-                    if self.trace.death[storage] <= self.backward_tick[index]:
-                        held[storage] = max(held.get(storage, 0), self._window_end(index))
+                    if self._freed_slot(storage) < stop:
+                        held[storage] = max(held.get(storage, 0), stop)
         return held
 
-    def _window_end(self, index: int) -> int:
-        return int(self.at[self.backward_tick[index]])
+    def _freed_slot(self, storage: int) -> int:
+        return int(self.drop[min(int(self.trace.death[storage]), self.trace.num_ticks + 1)])
 
     def hold_changes(self, held: Mapping[int, int]) -> Changes:
         """The changes of keeping border storages alive to the given slots."""
         changes = Changes()
         for storage, stop in held.items():
-            start = int(self.drop[min(int(self.trace.death[storage]), self.trace.num_ticks + 1)])
-            changes.span(
-                start, stop, int(self.trace.nbytes[storage]), int(self.trace.column[storage])
-            )
+            nbytes, column = int(self.trace.nbytes[storage]), int(self.trace.column[storage])
+            changes.span(self._freed_slot(storage), stop, nbytes, column)
         return changes
 
     def model_changes(self, record: ModelRecord) -> Changes:
