@@ -1,26 +1,228 @@
+"""The catalogue: every method, found by walking ``methods/``, and its card, read from its module's docstring.
+
+Nothing is registered anywhere. A method is a frozen dataclass that keeps the contract of ``method.py`` and is
+defined in the module that bears its name.
+"""
+
+from __future__ import annotations
+
 import dataclasses
+import difflib
 import functools
 import importlib
+import inspect
 import pkgutil
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NoReturn
 
-import slimgrad.methods
+from slimgrad.errors import MethodError
+from slimgrad.method import Method, method_name
+
+_DECLARATIONS = ("column", "exactness", "scope", "paper")
+_VERBS = ("offer", "attach")
+_HEADERS = ("Formula", "Memory", "Exactness", "Limits", "References")
+_HEADER = re.compile(rf"^({'|'.join(_HEADERS)}):[ \t]*(.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method's file says about it, in the words of its docstring."""
+
+    name: str
+    summary: str
+    formula: str
+    memory: str
+    exactness_text: str
+    limits: str
+    references: str
 
 
 @functools.cache
-def methods():
-    out = {}
-    for info in pkgutil.walk_packages(slimgrad.methods.__path__, "slimgrad.methods."):
-        mod = importlib.import_module(info.name)
-        for v in vars(mod).values():
-            if (
-                isinstance(v, type)
-                and v.__module__ == mod.__name__
-                and dataclasses.is_dataclass(v)
-                and hasattr(v, "offer")
-            ):
-                out[info.name.rpartition(".")[2]] = v
-    return dict(sorted(out.items()))
+def methods() -> Mapping[str, type[Any]]:
+    """Every method of slimgrad by name, sorted."""
+    return find_methods("slimgrad.methods")
 
 
-def get(name, **f):
-    return methods()[name](**f)
+def find_methods(package_name: str) -> Mapping[str, type[Any]]:
+    """Every method defined below a package, by name, sorted.
+
+    Raises MethodError for a class that keeps the contract but is not a frozen dataclass that can be made
+    without arguments, for two methods in one module, and for two modules of one name.
+    """
+    package = importlib.import_module(package_name)
+    found: dict[str, type[Any]] = {}
+    for info in pkgutil.walk_packages(package.__path__, f"{package_name}.", onerror=_reraise):
+        if info.ispkg:
+            continue
+        for cls in _methods_of(importlib.import_module(info.name)):
+            name = method_name(cls)
+            if name in found:
+                raise MethodError(
+                    f"expected one method named {name!r}, found {_place(found[name])} and {_place(cls)}; "
+                    "a method bears its module's name: give each its own module"
+                )
+            found[name] = cls
+    return dict(sorted(found.items()))
+
+
+def _reraise(_name: str) -> NoReturn:
+    raise  # walk_packages calls this while the import's error is being handled
+
+
+def _methods_of(module: ModuleType) -> list[type[Any]]:
+    """The classes defined in ``module`` that keep the contract."""
+    classes = [
+        cls
+        for name, cls in inspect.getmembers(module, inspect.isclass)
+        if cls.__module__ == module.__name__ and not name.startswith("_")
+    ]
+    kept = [cls for cls in classes if _keeps_contract(cls)]
+    for cls in kept:
+        _check_is_value(cls)
+    return kept
+
+
+def _keeps_contract(cls: type[Any]) -> bool:
+    declared = all(hasattr(cls, name) for name in _DECLARATIONS)
+    return declared and all(callable(getattr(cls, verb, None)) for verb in _VERBS)
+
+
+def _check_is_value(cls: type[Any]) -> None:
+    parameters = getattr(cls, "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
+        raise MethodError(
+            f"expected {_place(cls)} to be a frozen dataclass; decorate it with @dataclass(frozen=True)"
+        )
+    needed = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.init
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if needed:
+        raise MethodError(
+            f"expected {_place(cls)} to be made without arguments; give the paper's defaults to {needed}"
+        )
+
+
+def _place(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names the nearest of ``known``, or a list of all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known) or 'none'}"
+
+
+def find(name: str) -> type[Any]:
+    """The class of the method ``name`` (hyphens count as underscores). Raises MethodError if unknown."""
+    known = methods()
+    asked = name.strip().lower().replace("-", "_")
+    if asked not in known:
+        raise MethodError(f"there is no method {name!r}; {did_you_mean(asked, known)}")
+    return known[asked]
+
+
+def get(name: str, **fields: Any) -> Method:
+    """The method ``name`` with ``fields`` as its hyperparameters, the paper's defaults for the rest.
+
+    Raises MethodError for an unknown name or field, and what the method raises for fields out of bounds.
+    """
+    cls = find(name)
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    for field in fields:
+        if field not in known:
+            raise MethodError(
+                f"{method_name(cls)} has no field {field!r}; {did_you_mean(field, known)}"
+            )
+    return cls(**fields)
+
+
+def card(method: Method | type[Any]) -> Card:
+    """The card of a method, from its module's docstring.
+
+    The text before the first header is the summary. A header stands at the start of a line; its text runs to
+    the next one. Raises MethodError for a header that is missing, doubled or empty.
+    """
+    cls = method if isinstance(method, type) else type(method)
+    module = importlib.import_module(cls.__module__)
+    text = inspect.cleandoc(module.__doc__ or "")
+    parts = _HEADER.split(text)
+    summary, headers, texts = (
+        parts[0],
+        parts[1::3],
+        list(zip(parts[2::3], parts[3::3], strict=True)),
+    )
+    if sorted(headers) != sorted(_HEADERS) or not summary.strip():
+        raise MethodError(
+            f"the docstring of {module.__name__} is no card: expected a summary and then one line starting "
+            f"with each of {', '.join(f'{h}:' for h in _HEADERS)}; found {headers or 'none of them'}"
+        )
+    told = {
+        header: inspect.cleandoc(first + rest).strip()
+        for header, (first, rest) in zip(headers, texts, strict=True)
+    }
+    empty = [header for header in _HEADERS if not told[header]]
+    if empty:
+        raise MethodError(f"the card of {module.__name__} says nothing under {', '.join(empty)}")
+    return Card(
+        name=method_name(cls),
+        summary=" ".join(summary.split()),
+        formula=told["Formula"],
+        memory=told["Memory"],
+        exactness_text=told["Exactness"],
+        limits=told["Limits"],
+        references=told["References"],
+    )
+
+
+def describe(method: Method | type[Any]) -> dict[str, Any]:
+    """A method's card, declarations and hyperparameters as plain values, for JSON and the docs."""
+    cls: type[Any] = method if isinstance(method, type) else type(method)
+    value: Any = cls() if isinstance(method, type) else method
+    return {
+        **dataclasses.asdict(card(cls)),
+        "family": cls.__module__.split(".")[-2],
+        "class": cls.__name__,
+        "column": str(cls.column),
+        "exactness": str(cls.exactness),
+        "scope": str(cls.scope),
+        "paper": {**dataclasses.asdict(cls.paper), "link": cls.paper.link},
+        "fields": {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(cls)
+            if field.init
+        },
+    }
+
+
+def bibtex(method: Method | type[Any]) -> str:
+    """The method's paper as one BibTeX entry."""
+    cls = method if isinstance(method, type) else type(method)
+    paper = cls.paper
+    names = re.sub(r",?\s+et al\.?$", ", others", paper.authors)
+    authors = [name for name in re.split(r"\s*(?:,|;|\band\b|&)\s*", names) if name]
+    word = next((w for w in re.findall(r"[A-Za-z]+", paper.title) if len(w) > 3), "paper")
+    surname = re.sub(r"\W", "", authors[0].split()[-1]) if authors else "anonymous"
+    entry = {
+        "title": f"{{{_latex(paper.title)}}}",
+        "author": " and ".join(map(_latex, authors)),
+        "year": str(paper.year),
+    }
+    if paper.arxiv:
+        entry |= {"eprint": paper.arxiv, "archivePrefix": "arXiv"}
+    elif paper.link:
+        entry |= {"howpublished": f"\\url{{{paper.link}}}"}
+    lines = [f"  {key} = {{{value}}}" for key, value in entry.items()]
+    key = f"{surname}{paper.year}{word}".lower()
+    return f"@misc{{{key},\n" + ",\n".join(lines) + "\n}"
+
+
+def _latex(text: str) -> str:
+    return re.sub(r"([&%$#_])", r"\\\1", text)

@@ -14,7 +14,8 @@
     ├── VerificationError      the applied plan did not pass its checks        (everything undone)
     └── StorageError           a file that is damaged or incomplete
         ├── CheckpointError    a checkpoint that is cut short or altered
-        └── GgufError          a GGUF file whose header does not agree with its size
+        ├── GgufError          a GGUF file whose header does not agree with its size
+        └── LoadError          a model or a text that cannot be found or read
 
 Each says what was expected, what was found and what to do next.
 """
@@ -101,3 +102,7 @@ class CheckpointError(StorageError):
 
 class GgufError(StorageError):
     """A GGUF file whose header does not agree with the file."""
+
+
+class LoadError(StorageError):
+    """A model or a text that cannot be found or read."""

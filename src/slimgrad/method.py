@@ -74,6 +74,7 @@ class Record:
     restore_s: float = 0.0
     store_s: float = 0.0
     holds_inputs: bool = False
+    saved_sizes: tuple[int, ...] = ()  # bytes of each saved tensor's storage
     has_batch_statistics: bool = False
     read_bytes_s: float = 1e9
     write_bytes_s: float = 1e9

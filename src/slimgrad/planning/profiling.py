@@ -58,7 +58,10 @@ def measure(
     for methods in _rewritings(host, batch, refusals):
         with _attached(host, methods):
             key = tuple(setting_of(m) for m in methods)
-            traces[key] = _traced(host, batch, paths, keys)
+            try:
+                traces[key] = _traced(host, batch, paths, keys, fake_only=True)
+            except Exception as error:
+                refusals[method_name(methods[0])] = f"cannot be traced on fake tensors: {error!r}"
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     law = no_optimizer(trainable) if optimizer is None else optimizer_law(optimizer, names)
     seconds, rates = time_operations(list(keys), limit_bytes=limit_bytes, limit_s=limit_s)
@@ -94,14 +97,16 @@ def method_of(setting: Setting) -> Method:
     return catalogue.get(setting[0], **dict(setting[1]))
 
 
-def _traced(host: Host, batch: Any, paths: list[str], keys: dict[OpKey, int]) -> Trace:
+def _traced(
+    host: Host, batch: Any, paths: list[str], keys: dict[OpKey, int], *, fake_only: bool = False
+) -> Trace:
     shares = list(host.split(batch))[:3]  # the first, one like all later ones, and the last
     try:
         return trace_step(host.model, host.loss_fn, shares, paths, keys)
     except SlimgradError:
         raise
     except Exception as fake_error:
-        if any(is_fake(p) for p in host.model.parameters()):
+        if fake_only or any(is_fake(p) for p in host.model.parameters()):
             raise
         try:
             return trace_step(host.model, host.loss_fn, shares, paths, keys, fake=False)

@@ -57,6 +57,7 @@ def block_record(profile: Profile, trace: Trace, block: BlockLayout) -> Record:
         output_bytes=sum(b[1] for b in borders),
         forward_s=call_seconds(trace, block.calls, backward=False),
         backward_s=call_seconds(trace, block.calls, backward=True),
+        saved_sizes=tuple(int(trace.nbytes[i]) for s in block.saved.values() for i in s),
         has_batch_statistics=profile.has_batch_statistics,
         read_bytes_s=profile.read_bytes_s,
         write_bytes_s=profile.write_bytes_s,

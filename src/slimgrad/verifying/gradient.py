@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from slimgrad.batches import map_tensors
 from slimgrad.measuring.randomness import RandomState
@@ -55,7 +56,7 @@ def same_bits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
 
 
 @contextmanager
-def captured_gradients(model: nn.Module, into: dict[str, Tensor]) -> Iterator[None]:
+def captured_gradients(model: nn.Module, into: dict[str, Tensor]) -> Generator[None]:
     """Keep a copy of every gradient as it completes, before anybody else uses or frees it."""
     handles: list[Any] = []
 
@@ -77,7 +78,7 @@ def captured_gradients(model: nn.Module, into: dict[str, Tensor]) -> Iterator[No
 
 
 @contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
+def without_dropout(model: nn.Module) -> Generator[None]:
     """Every module but batch norm in evaluation mode, so that no random mask is drawn."""
     norms = (nn.modules.batchnorm._BatchNorm,)
     changed = [m for m in model.modules() if m.training and not isinstance(m, norms)]
@@ -90,16 +91,41 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _is_lower(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    )
+
+
+class _KeepWide(TorchFunctionMode):
+    """Casts to lower precision inside the user's code (a loss taken in float32) go to float64 instead."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` with every lower floating dtype replaced."""
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].double()
+        args = tuple(torch.float64 if _is_lower(a) else a for a in args)
+        kwargs = {k: torch.float64 if _is_lower(v) else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
 @contextmanager
-def in_float64(model: nn.Module) -> Iterator[None]:
-    """The model's floating parameters and buffers in float64 within the body; the same tensors afterwards."""
+def in_float64(model: nn.Module) -> Generator[None]:
+    """The model's floating parameters and buffers in float64 within the body; the same tensors afterwards.
+
+    Casts to lower precision within the body are to float64 as well: a loss that a library takes in float32
+    carries that precision's error (log-softmax over a large vocabulary: 1e-4 of the gradient).
+    """
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and tensor.dtype != torch.float64:
                 kept.append((tensor, tensor.data))
                 tensor.data = tensor.data.double()
-        yield
+        with _KeepWide():
+            yield
     finally:
         for tensor, data in kept:
             tensor.grad = None

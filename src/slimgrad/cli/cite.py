@@ -1,0 +1,22 @@
+"""Print the BibTeX entries of the methods you used."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from slimgrad.catalogue import bibtex, find, methods
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print the entries as JSON, by method.")
+def command(names: tuple[str, ...], as_json: bool) -> None:
+    """Print the papers of the methods NAMES as BibTeX; of all methods without a name."""
+    chosen = {name: find(name) for name in names} if names else methods()
+    entries = {name: bibtex(cls) for name, cls in chosen.items()}
+    if as_json:
+        click.echo(json.dumps(entries, indent=2))
+    else:
+        click.echo("\n\n".join(dict.fromkeys(entries.values())))

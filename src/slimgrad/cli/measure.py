@@ -1,0 +1,48 @@
+"""Show where the memory and the time of one training step go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimgrad.cli.job_options import job_options, job_spec
+
+
+@click.command()
+@job_options
+@click.option("--fake", is_flag=True, help="Allocate nothing: shapes only, no weights are read.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write an HTML report here.")
+@click.option(
+    "--save", type=click.Path(path_type=Path), help="Write the profile here, for 'slimgrad plan'."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+def command(
+    fake: bool, html: Path | None, save: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Show where the memory and the time of one training step of MODEL go. Nothing is trained."""
+    from slimgrad.measuring.profile import profile_to_json
+    from slimgrad.planning.profiling import measure
+    from slimgrad.training.job import loss_fn, open_fake_job, open_job
+    from slimgrad.training.memory_report import save_report
+
+    spec = job_spec(options)
+    if fake:
+        model, optimizer, batch = open_fake_job(spec)
+        profile = measure(model, optimizer, loss_fn, batch, limit_bytes=1 << 28)
+    else:
+        job = open_job(spec)
+        profile = measure(job.model, job.optimizer, loss_fn, next(job.batches))
+    if save is not None:
+        profile.save(save)
+    if html is not None:
+        save_report(html, f"slimgrad measure {spec.model}", profile)
+    if as_json:
+        data = profile_to_json(profile)
+        for name in ("variants", "timeline", "law"):
+            data.pop(name)
+        click.echo(json.dumps(data, indent=2, default=str))
+        return
+    click.echo(str(profile))

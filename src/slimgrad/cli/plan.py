@@ -1,0 +1,46 @@
+"""Plan a training step within a memory budget, and show what is done where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimgrad.cli.job_options import job_options, job_spec, plan_arguments, plan_options
+
+
+@click.command()
+@job_options
+@plan_options
+@click.option(
+    "--profile", type=click.Path(path_type=Path), help="Plan from a profile saved by 'measure'."
+)
+@click.option(
+    "--save", type=click.Path(path_type=Path), help="Write the plan here, for 'slimgrad run'."
+)
+@click.option("--html", type=click.Path(path_type=Path), help="Write an HTML report here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def command(
+    profile: Path | None, save: Path | None, html: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Plan a training step of MODEL within a budget. Nothing is trained; exit code 2 if nothing fits."""
+    from slimgrad.measuring.profile import Profile
+    from slimgrad.planning.plan import plan
+    from slimgrad.planning.profiling import measure
+    from slimgrad.training.job import loss_fn, open_job
+    from slimgrad.training.memory_report import save_report
+
+    spec = job_spec(options)
+    if profile is not None:
+        measured = Profile.load(profile)
+    else:
+        job = open_job(spec)
+        measured = measure(job.model, job.optimizer, loss_fn, next(job.batches))
+    made = plan(measured, options["budget"], **plan_arguments(options))
+    if save is not None:
+        made.save(save)
+    if html is not None:
+        save_report(html, f"slimgrad plan {spec.model}", measured, made)
+    click.echo(json.dumps(made.to_json(), indent=2, default=str) if as_json else str(made))

@@ -1,0 +1,90 @@
+"""Documents are true: their examples run, the generated ones are up to date, links lead somewhere."""
+
+import doctest
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+WRITTEN = sorted({path for path in PAGES if path.parent.name != "methods"})
+EXAMPLES = sorted(
+    path for path in (ROOT / "src" / "slimgrad").rglob("*.py") if ">>> " in path.read_text("utf-8")
+)
+FENCE = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+
+
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("docs_generator", ROOT / "tools" / "docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_examples(path, text):
+    """Run the python blocks of a page in order, in one namespace; failures point into the page."""
+    namespace = {"__name__": "__example__"}
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start(1))
+        exec(compile("\n" * line + match[1], str(path), "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=named)
+def test_examples_of_a_page_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_examples(path, path.read_text("utf-8"))
+
+
+def test_a_wrong_example_is_noticed():
+    text = "# A page\n\n```python\nx = 1\n```\n\ntext\n\n```python\nassert x == 2\n```\n"
+    with pytest.raises(AssertionError) as caught:
+        run_examples("page.md", text)
+    assert caught.traceback[-1].lineno + 1 == 10
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=named)
+def test_examples_of_docstrings_run(path):
+    parts = path.relative_to(ROOT / "src").with_suffix("").parts
+    results = doctest.testmod(
+        importlib.import_module(".".join(parts)), optionflags=doctest.ELLIPSIS
+    )
+    assert results.failed == 0
+    assert results.attempted > 0
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_links_to_files_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{named(path)} links to {target}"
+
+
+def test_generated_pages_are_up_to_date():
+    assert generator().main(["--check"]) == 0
+
+
+def test_the_check_notices_pages_that_are_changed_missing_or_left_over(tmp_path, capsys):
+    docs = generator()
+    options = ["--folder", str(tmp_path)]
+    assert docs.main([*options, "--check"]) == 1
+    assert docs.main(options) == 0
+    assert docs.main([*options, "--check"]) == 0
+    page = tmp_path / "index.md"
+    page.write_text(page.read_text() + "by hand\n")
+    (tmp_path / "gone.md").write_text("a method that is no more")
+    capsys.readouterr()
+    assert docs.main([*options, "--check"]) == 1
+    told = capsys.readouterr().err
+    assert "index.md" in told
+    assert "gone.md" in told
+    assert docs.main(options) == 0
+    assert docs.main([*options, "--check"]) == 0
+    assert not (tmp_path / "gone.md").exists()
