@@ -219,11 +219,10 @@ class Layout:
         if not self.law.parameters:
             return changes
         kept = 0 if record.state_in_files else self.state_bytes
-        changes.span(0, self.num_slots, kept + record.buffer_bytes, state)
-        one_by_one = (
-            record.state_in_files or record.gradients_in_files or record.update is Update.DURING
-        )
-        if not one_by_one:
+        changes.span(0, self.num_slots, kept, state)
+        in_backward = record.gradients_in_files or record.update is Update.DURING
+        changes.span(0 if in_backward else self.end, self.num_slots, record.buffer_bytes, state)
+        if not (record.state_in_files or in_backward):
             changes.span(self.end, self.end + 1, self.law.step_transient_bytes, temporary)
             return changes
         for parameter in self.law.parameters:
