@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from slimgrad.measuring.randomness import kept_randomness
@@ -110,7 +109,8 @@ def op_bytes(key: OpKey) -> int:
     return sum(spec.nbytes for spec in _specs(key))
 
 
-def _build(value: Any) -> Any:
+def built(value: Any) -> Any:
+    """A frozen argument as a real one: tensors of the same shape, strides and dtype with values of no meaning."""
     if isinstance(value, TensorSpec):
         span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True) if n > 0)
         span = max(span, 0) if all(value.shape) else 0
@@ -121,8 +121,8 @@ def _build(value: Any) -> Any:
         return flat.as_strided(value.shape, value.stride)
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
         if len(value) == 2 and value[0] == "dict":
-            return {k: _build(v) for k, v in value[1]}
-        return [_build(v) for v in value]
+            return {k: built(v) for k, v in value[1]}
+        return [built(v) for v in value]
     return value
 
 
@@ -165,23 +165,6 @@ def _attention_flops(key: OpKey) -> int:
     return int((5 if backward else 2) * 2 * batch * heads * n * k.shape[2] * d)
 
 
-_SIZED_BY_KERNEL = frozenset({"mkldnn_rnn_layer"})
-"""Operations with an output whose size only the kernel knows: fake tensors say nothing of it."""
-
-
-def sized_by_kernel(key: OpKey) -> bool:
-    """Whether fake tensors may tell too few bytes of an operation's outputs."""
-    return name_of(key) in _SIZED_BY_KERNEL
-
-
-def output_bytes(key: OpKey) -> list[int]:
-    """Bytes of each output's storage, by running the operation once on made-up values."""
-    func, (args, kwargs) = key
-    with kept_randomness(), torch.no_grad():
-        out = func(*(_build(a) for a in args), **{k: _build(v) for k, v in kwargs})
-    return [t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, Tensor)]
-
-
 @dataclass
 class Rates:
     """What this machine reached: used for operations too large to be timed, and told to the user."""
@@ -192,10 +175,47 @@ class Rates:
 
 
 _INDEXED = frozenset(
-    "embedding embedding_dense_backward gather index_select index index_put index_put_ masked_fill masked_fill_ "
-    "where nll_loss_forward nll_loss_backward scatter scatter_ scatter_add scatter_add_ "
-    "max_pool2d_with_indices_backward _to_copy copy_ clone add mul eq ne lt le gt ge bitwise_and bitwise_or "
-    "logical_and logical_or logical_not any all cumsum arange full _linear_cross_entropy_batch_chunked".split()
+    [
+        "embedding",
+        "embedding_dense_backward",
+        "gather",
+        "index_select",
+        "index",
+        "index_put",
+        "index_put_",
+        "masked_fill",
+        "masked_fill_",
+        "where",
+        "nll_loss_forward",
+        "nll_loss_backward",
+        "scatter",
+        "scatter_",
+        "scatter_add",
+        "scatter_add_",
+        "max_pool2d_with_indices_backward",
+        "_to_copy",
+        "copy_",
+        "clone",
+        "add",
+        "mul",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "bitwise_and",
+        "bitwise_or",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+        "any",
+        "all",
+        "cumsum",
+        "arange",
+        "full",
+        "_linear_cross_entropy_batch_chunked",
+    ]
 )
 _OPAQUE = frozenset({"workspace", "reserve", "philox_seed", "rng_state"})
 
@@ -225,8 +245,8 @@ def _synchronize(device: str) -> None:
 
 def _time(key: OpKey, deadline: float) -> float:
     func, (args, kwargs) = key
-    real_args = [_build(a) for a in args]
-    real_kwargs = {k: _build(v) for k, v in kwargs}
+    real_args = [built(a) for a in args]
+    real_kwargs = {k: built(v) for k, v in kwargs}
     device = next((s.device for s in _specs(key)), "cpu")
     taken: list[float] = []
     for attempt in range(4):
@@ -282,12 +302,16 @@ def _estimate(
 ) -> float:
     """Seconds of an operation that was not run: from others of its name, from its forward twin, or from rates."""
     name, size = name_of(keys[index]), flops if flops[index] > 0 else num_bytes
-    same = [i for i, key in enumerate(keys) if name_of(key) == name and seconds[i] > 0 and size[i] > 0]
+    same = [
+        i for i, key in enumerate(keys) if name_of(key) == name and seconds[i] > 0 and size[i] > 0
+    ]
     if same:
         nearest = min(same, key=lambda i: abs(np.log(size[i] / max(size[index], 1))))
         return float(seconds[nearest] * size[index] / size[nearest])
     forward = [
-        seconds[i] for i, key in enumerate(keys) if name == f"{name_of(key)}_backward" and seconds[i] > 0
+        seconds[i]
+        for i, key in enumerate(keys)
+        if name == f"{name_of(key)}_backward" and seconds[i] > 0
     ]
     if forward:
         return 2 * float(np.mean(forward))  # one product forward, two backward

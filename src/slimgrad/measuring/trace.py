@@ -13,11 +13,12 @@ from torch._C._autograd import _get_sequence_nr
 
 from slimgrad.errors import LossError
 from slimgrad.host import LossFn, Share
-from slimgrad.measuring.clock import OpKey, op_key, output_bytes, sized_by_kernel
+from slimgrad.measuring.clock import OpKey, op_key
 from slimgrad.measuring.fake import faked
 from slimgrad.measuring.ledger import MemoryTimeline, timeline_of
 from slimgrad.measuring.randomness import RandomState
 from slimgrad.measuring.tracker import Tracker, current_task, plain_tensors
+from slimgrad.measuring.workspaces import fill_workspaces
 from slimgrad.types import Column
 
 
@@ -43,7 +44,8 @@ class Trace:
     One entry a storage: ``nbytes``, ``birth``, ``death`` (ticks; past the end: alive at the end), ``column``
     (position in ``Column``). One entry a tick: ``op`` (position in ``keys``), ``op_call`` (position in
     ``calls``, -1: none), ``op_backward``. ``gradients`` maps a parameter's name to its gradient's storage and
-    the tick at which it was complete.
+    the tick at which it was complete. ``cached`` maps storages that autocast's weight cache holds, whoever else
+    does, to the tick at which it lets go.
     """
 
     nbytes: np.ndarray
@@ -60,6 +62,7 @@ class Trace:
     module_paths: list[str]
     op_seconds: np.ndarray = field(default_factory=lambda: np.zeros(0))
     num_shares: int = 1
+    cached: dict[int, int] = field(default_factory=dict)
 
     @property
     def backward_from(self) -> int:
@@ -87,8 +90,9 @@ class _Recorder:
         self.op_call: list[int] = []
         self.op_backward: list[bool] = []
         self.gradients: dict[str, tuple[int, int]] = {}
-        self.sized_by_kernel: list[tuple[OpKey, list[int | None]]] = []
+        self.cast: list[int] = []  # ticks at which autocast made a copy of a weight, and cached it
         self.tracker: Tracker | None = None
+        self._caching: list[bool] = []  # for each open call: was it made under a caching autocast?
         self._handles: list[Any] = []
         self._last = -1
         for path in block_paths:
@@ -118,6 +122,7 @@ class _Recorder:
             )  # pyright: ignore
             self.open.append(len(self.calls))
             self.calls.append(call)
+            self._caching.append(_autocast_caches(self.tracker.device.type))
 
         return hook
 
@@ -126,6 +131,7 @@ class _Recorder:
         if current_task() != -1 or not self.open:
             return
         call = self.calls[self.open.pop()]
+        self._caching.pop()
         call.forward_to = self.tracker.tick
         call.nodes = (call.nodes[0], _get_sequence_nr())
         leaves = plain_tensors(
@@ -145,15 +151,15 @@ class _Recorder:
 
         return hook
 
-    def on_op(self, _tick: int, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        assert self.tracker is not None
+    def on_op(self, tick: int, func: Any, args: Any, kwargs: Any, _out: Any) -> None:
         backward = current_task() != -1
+        casts = func is torch.ops.aten._to_copy.default and not backward and any(self._caching)
+        if casts and args[0].is_leaf and args[0].requires_grad:
+            self.cast.append(tick)
         if backward:
             self._last = self._call_of_node(torch._C._current_autograd_node())
         call = self._last if backward else (self.open[-1] if self.open else -1)
         key = op_key(func, args, kwargs)
-        if sized_by_kernel(key):
-            self.sized_by_kernel.append((key, [self.tracker.see(t) for t in plain_tensors(out)]))
         self.op.append(self.keys.setdefault(key, len(self.keys)))
         self.op_call.append(call)
         self.op_backward.append(backward)
@@ -166,6 +172,17 @@ class _Recorder:
             if self.calls[index].nodes[0] <= number < self.calls[index].nodes[1]:
                 return index
         return -1
+
+    def cached(self, tracker: Tracker) -> dict[int, int]:
+        """Autocast's copies of weights, and when its cache lets go: at the end of that forward pass."""
+        born = {birth: index for index, birth in enumerate(tracker.birth)}
+        backward = np.flatnonzero(self.op_backward)
+        ends = [int(backward[backward >= tick].min(initial=tracker.tick)) for tick in self.cast]
+        return {born[t]: end + 1 for t, end in zip(self.cast, ends, strict=True) if t in born}
+
+
+def _autocast_caches(device: str) -> bool:
+    return torch.is_autocast_enabled(device) and torch.is_autocast_cache_enabled()
 
 
 def trace_step(
@@ -188,11 +205,11 @@ def trace_step(
     if fake:
         with faked(model, *batches) as fakes:
             fake_shares = [Share(b, s.weight) for b, s in zip(fakes, shares, strict=True)]
-            trace, recorder = _trace(model, loss_fn, fake_shares, block_paths, keys)
-        _correct_sizes(trace, recorder)
+            trace = _trace(model, loss_fn, fake_shares, block_paths, keys)
+        fill_workspaces(trace, keys)
         return trace
     with untouched(model):
-        return _trace(model, loss_fn, shares, block_paths, keys)[0]
+        return _trace(model, loss_fn, shares, block_paths, keys)
 
 
 class untouched:  # noqa: N801
@@ -224,7 +241,7 @@ def _trace(
     shares: Sequence[Share],
     block_paths: Sequence[str],
     keys: dict[OpKey, int],
-) -> tuple[Trace, _Recorder]:
+) -> Trace:
     recorder = _Recorder(keys, block_paths, model)
     tracker = Tracker(model, inputs=[s.batch for s in shares], on_op=recorder.on_op)
     recorder.tracker = tracker
@@ -238,7 +255,7 @@ def _trace(
         recorder.close()
         for parameter in model.parameters():
             parameter.grad = None
-    return _trace_of(tracker, recorder, len(shares)), recorder
+    return _trace_of(tracker, recorder, len(shares))
 
 
 def checked_loss(loss: Any) -> Tensor:
@@ -261,17 +278,6 @@ def checked_loss(loss: Any) -> Tensor:
     return loss
 
 
-def _correct_sizes(trace: Trace, recorder: _Recorder) -> None:
-    """Put in the bytes of outputs that fake tensors could not know (the work space of an LSTM's kernel)."""
-    known: dict[OpKey, list[int]] = {}
-    for key, storages in recorder.sized_by_kernel:
-        if key not in known:
-            known[key] = output_bytes(key)
-        for storage, nbytes in zip(storages, known[key], strict=True):
-            if storage is not None:
-                trace.nbytes[storage] = max(int(trace.nbytes[storage]), nbytes)
-
-
 def _trace_of(tracker: Tracker, recorder: _Recorder, num_shares: int) -> Trace:
     order = {column: position for position, column in enumerate(Column)}
     end = tracker.tick + 1
@@ -289,4 +295,5 @@ def _trace_of(tracker: Tracker, recorder: _Recorder, num_shares: int) -> Trace:
         module=np.array(tracker.module, dtype=np.int64),
         module_paths=list(tracker.module_paths),
         num_shares=num_shares,
+        cached=recorder.cached(tracker),
     )
