@@ -209,7 +209,7 @@ def time_operations(
     deadline = time.perf_counter() + limit_s
     with kept_randomness(), torch.no_grad():
         for index in np.argsort(-(num_bytes + flops / 10)):
-            key = keys[index]
+            key = keys[int(index)]
             if getattr(key[0], "__name__", "").split(".")[0] in _VIEWS:
                 seconds[index] = 2e-6
             elif time.perf_counter() < deadline and (

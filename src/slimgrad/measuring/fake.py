@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from slimgrad.measuring.randomness import kept_randomness
 
 
 @contextmanager
-def faked(model: nn.Module, *batches: Any) -> Iterator[list[Any]]:
+def faked(model: nn.Module, *batches: Any) -> Generator[list[Any]]:
     """Run the body with ``model``'s parameters and buffers swapped for fakes; yields the fake batches.
 
     Module objects stay the same, so closures, hooks and patched forwards see what they always see. Everything

@@ -7,6 +7,7 @@ from typing import TypeAlias
 Cut: TypeAlias = tuple[int, int]
 """``(start, end)`` of a slice of a parameter's elements in flat order."""
 
+
 def cuts_of(num_elements: int, size: int) -> list[Cut]:
     """Slices of ``size`` elements; none of one element, whose state would look like a step count.
 
