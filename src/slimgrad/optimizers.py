@@ -9,7 +9,7 @@ on small tensors and compare every bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
 @contextmanager
 def _only(
     optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """The optimizer with one group of one parameter; what its step writes into the group is kept."""
     narrowed = {**group, "params": [parameter]}
     groups, optimizer.param_groups = optimizer.param_groups, [narrowed]

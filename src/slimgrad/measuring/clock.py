@@ -274,7 +274,7 @@ def time_operations(
     deadline = time.perf_counter() + limit_s
     with kept_randomness(), torch.no_grad():
         for index in np.argsort(-(num_bytes + flops / 10)):
-            key = keys[index]
+            key = keys[int(index)]
             if name_of(key) in _VIEWS:
                 seconds[index] = 2e-6
             elif not _may_be_run(key):
@@ -287,7 +287,7 @@ def time_operations(
                 except Exception:
                     continue
     rates = _rates(seconds, flops, num_bytes)
-    for index in np.flatnonzero(np.isnan(seconds)):
+    for index in map(int, np.flatnonzero(np.isnan(seconds))):
         seconds[index] = _estimate(index, keys, seconds, flops, num_bytes, rates)
     return seconds, rates
 

@@ -28,6 +28,7 @@ from slimgrad.methods.gradients.micro_batches import has_batch_statistics
 from slimgrad.planning.settings import plain_record
 from slimgrad.planning.simulate import Layout, call_bytes, call_seconds
 from slimgrad.storage import measure_bandwidth, open_store
+from slimgrad.types import Column
 
 
 def measure(
@@ -257,8 +258,8 @@ def module_costs(model: nn.Module, layout: Layout) -> list[ModuleCost]:
                 call_seconds(trace, block.calls, backward=True),
             )
         )
-    activations = trace.timeline().columns
-    outside = max(0, int(max(activations["activations"])) - sum(r.activation_bytes for r in rows))
+    activations = trace.timeline().columns[Column.ACTIVATIONS]
+    outside = max(0, int(max(activations)) - sum(r.activation_bytes for r in rows))
     loose = trace.op_call < 0
     held = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     inside = sum(r.weight_bytes for r in rows)

@@ -170,7 +170,7 @@ def main(spec_json: str, folder: str, num_steps: str = "2") -> None:
         "own_error": own_error,
         "own_error_in": own_error_in,
     }
-    np.savez(out / "timeline.npz", **{c.value: v for c, v in ledger.timeline.columns.items()})  # pyright: ignore
+    np.savez(out / "timeline.npz", **{c.value: v for c, v in ledger.timeline.columns.items()})  # pyright: ignore[reportArgumentType]
     (out / "figures.json").write_text(json.dumps(figures))
 
 
