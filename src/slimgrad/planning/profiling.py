@@ -142,7 +142,7 @@ def _variants(
         if bare.timeline().peak_bytes > plain.timeline().peak_bytes:
             undo()  # without the cache Transformers masks fake tokens, whose values it cannot see
             bare = plain
-        traces = {(): bare}
+        traces: dict[tuple[Setting, ...], Trace] = {(): bare}
         for methods in _rewritings(host, batch, refusals):
             with _attached(host, methods):
                 key = tuple(setting_of(m) for m in methods)
