@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from slimgrad import catalogue
 from slimgrad.applying.gradient_hooks import watch_gradients
-from slimgrad.applying.model_cache import switch_off_cache
 from slimgrad.batches import check_batch
 from slimgrad.errors import FingerprintError, NonFiniteLoss, PlanError, UnsupportedError
 from slimgrad.host import Host, LossFn
 from slimgrad.measuring.ledger import Ledger
+from slimgrad.measuring.model_cache import switch_off_cache
 from slimgrad.measuring.profile import fingerprint
 from slimgrad.measuring.trace import checked_loss
 from slimgrad.method import Block, Scope, Undo

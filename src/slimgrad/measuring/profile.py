@@ -135,6 +135,7 @@ def _trace_to_json(trace: Trace) -> dict[str, Any]:
     out |= {"num_ticks": trace.num_ticks, "num_shares": trace.num_shares}
     out["calls"] = [asdict(call) for call in trace.calls]
     out["gradients"] = {name: list(value) for name, value in trace.gradients.items()}
+    out["cached"] = sorted(trace.cached.items())
     out["module_paths"] = trace.module_paths
     return out
 
@@ -148,6 +149,7 @@ def _trace_from_json(data: Mapping[str, Any]) -> Trace:
         op=np.zeros(0, dtype=np.int64),
         num_ticks=data["num_ticks"],
         num_shares=data["num_shares"],
+        cached=dict(data["cached"]),
         calls=calls,
         gradients={name: (v[0], v[1]) for name, v in data["gradients"].items()},
         module_paths=list(data["module_paths"]),

@@ -18,6 +18,7 @@ from slimgrad.measuring.fake import faked
 from slimgrad.measuring.ledger import MemoryTimeline, timeline_of
 from slimgrad.measuring.randomness import RandomState
 from slimgrad.measuring.tracker import Tracker, current_task, plain_tensors
+from slimgrad.measuring.workspaces import fill_workspaces
 from slimgrad.types import Column
 
 
@@ -43,7 +44,8 @@ class Trace:
     One entry a storage: ``nbytes``, ``birth``, ``death`` (ticks; past the end: alive at the end), ``column``
     (position in ``Column``). One entry a tick: ``op`` (position in ``keys``), ``op_call`` (position in
     ``calls``, -1: none), ``op_backward``. ``gradients`` maps a parameter's name to its gradient's storage and
-    the tick at which it was complete.
+    the tick at which it was complete. ``cached`` maps storages that autocast's weight cache holds, whoever else
+    does, to the tick at which it lets go.
     """
 
     nbytes: np.ndarray
@@ -60,6 +62,7 @@ class Trace:
     module_paths: list[str]
     op_seconds: np.ndarray = field(default_factory=lambda: np.zeros(0))
     num_shares: int = 1
+    cached: dict[int, int] = field(default_factory=dict)
 
     @property
     def backward_from(self) -> int:
@@ -87,7 +90,9 @@ class _Recorder:
         self.op_call: list[int] = []
         self.op_backward: list[bool] = []
         self.gradients: dict[str, tuple[int, int]] = {}
+        self.cast: list[int] = []  # ticks at which autocast made a copy of a weight, and cached it
         self.tracker: Tracker | None = None
+        self._caching: list[bool] = []  # for each open call: was it made under a caching autocast?
         self._handles: list[Any] = []
         self._last = -1
         for path in block_paths:
@@ -117,6 +122,7 @@ class _Recorder:
             call = Call(path, self.tracker.tick, -1, tuple(sorted(seen)), (), nodes)
             self.open.append(len(self.calls))
             self.calls.append(call)
+            self._caching.append(_autocast_caches(self.tracker.device.type))
 
         return hook
 
@@ -125,6 +131,7 @@ class _Recorder:
         if current_task() != -1 or not self.open:
             return
         call = self.calls[self.open.pop()]
+        self._caching.pop()
         call.forward_to = self.tracker.tick
         call.nodes = (call.nodes[0], _get_sequence_nr())
         leaves = plain_tensors(
@@ -142,8 +149,11 @@ class _Recorder:
 
         return hook
 
-    def on_op(self, _tick: int, func: Any, args: Any, kwargs: Any, _out: Any) -> None:
+    def on_op(self, tick: int, func: Any, args: Any, kwargs: Any, _out: Any) -> None:
         backward = current_task() != -1
+        casts = func is torch.ops.aten._to_copy.default and not backward and any(self._caching)
+        if casts and args[0].is_leaf and args[0].requires_grad:
+            self.cast.append(tick)
         if backward:
             self._last = self._call_of_node(torch._C._current_autograd_node())
         call = self._last if backward else (self.open[-1] if self.open else -1)
@@ -160,6 +170,17 @@ class _Recorder:
             if self.calls[index].nodes[0] <= number < self.calls[index].nodes[1]:
                 return index
         return -1
+
+    def cached(self, tracker: Tracker) -> dict[int, int]:
+        """Autocast's copies of weights, and when its cache lets go: at the end of that forward pass."""
+        born = {birth: index for index, birth in enumerate(tracker.birth)}
+        backward = np.flatnonzero(self.op_backward)
+        ends = [int(backward[backward >= tick].min(initial=tracker.tick)) for tick in self.cast]
+        return {born[t]: end + 1 for t, end in zip(self.cast, ends, strict=True) if t in born}
+
+
+def _autocast_caches(device: str) -> bool:
+    return torch.is_autocast_enabled(device) and torch.is_autocast_cache_enabled()
 
 
 def trace_step(
@@ -181,13 +202,10 @@ def trace_step(
     batches = [share.batch for share in shares]
     if fake:
         with faked(model, *batches) as fakes:
-            return _trace(
-                model,
-                loss_fn,
-                [Share(b, s.weight) for b, s in zip(fakes, shares, strict=True)],
-                block_paths,
-                keys,
-            )
+            fake_shares = [Share(b, s.weight) for b, s in zip(fakes, shares, strict=True)]
+            trace = _trace(model, loss_fn, fake_shares, block_paths, keys)
+        fill_workspaces(trace, keys)
+        return trace
     with untouched(model):
         return _trace(model, loss_fn, shares, block_paths, keys)
 
@@ -275,4 +293,5 @@ def _trace_of(tracker: Tracker, recorder: _Recorder, num_shares: int) -> Trace:
         module=np.array(tracker.module, dtype=np.int64),
         module_paths=list(tracker.module_paths),
         num_shares=num_shares,
+        cached=recorder.cached(tracker),
     )

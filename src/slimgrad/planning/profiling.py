@@ -15,9 +15,10 @@ from slimgrad import catalogue
 from slimgrad.batches import batch_size, check_batch
 from slimgrad.errors import LossError, ModelError, SlimgradError
 from slimgrad.host import Host, LossFn
-from slimgrad.measuring.blocks import cut
+from slimgrad.measuring.blocks import cut, cut_large
 from slimgrad.measuring.clock import OpKey, time_operations
 from slimgrad.measuring.fake import is_fake
+from slimgrad.measuring.model_cache import has_cache, switch_off_cache
 from slimgrad.measuring.optimizer import OptimizerLaw, no_optimizer, optimizer_law
 from slimgrad.measuring.profile import ModuleCost, Profile, Setting, fingerprint, versions
 from slimgrad.measuring.trace import Trace, trace_step
@@ -53,22 +54,15 @@ def measure(
     names = {id(p): name for name, p in model.named_parameters()}
     host = Host(model, optimizer, loss_fn)
     keys: dict[OpKey, int] = {}
-    paths = cut(model)
-    traces: dict[tuple[Setting, ...], Trace] = {(): _traced(host, batch, paths, keys)}
+    paths, plain = _cut_and_traced(host, batch, keys)
     refusals: dict[str, str] = {}
-    for methods in _rewritings(host, batch, refusals):
-        with _attached(host, methods):
-            key = tuple(setting_of(m) for m in methods)
-            try:
-                traces[key] = _traced(host, batch, paths, keys, fake_only=True)
-            except Exception as error:
-                refusals[method_name(methods[0])] = f"cannot be traced on fake tensors: {error!r}"
+    traces = _variants(host, batch, plain, paths, keys, refusals)
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     law = no_optimizer(trainable) if optimizer is None else optimizer_law(optimizer, names)
     seconds, rates = time_operations(list(keys), limit_bytes=limit_bytes, limit_s=limit_s)
-    for trace in traces.values():
+    for trace in (plain, *traces.values()):
         trace.op_seconds = seconds[trace.op]
-    return _profile(host, batch, traces, law, rates, refusals)
+    return _profile(host, batch, plain, traces, law, rates, refusals)
 
 
 def check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -101,7 +95,7 @@ def method_of(setting: Setting) -> Method:
 def _traced(
     host: Host, batch: Any, paths: list[str], keys: dict[OpKey, int], *, fake_only: bool = False
 ) -> Trace:
-    shares = list(host.split(batch))[:2]  # the second part is like all later ones
+    shares = list(host.split(batch))[:3]  # the first, one like all later ones, and the last
     try:
         return trace_step(host.model, host.loss_fn, shares, paths, keys)
     except SlimgradError:
@@ -117,6 +111,49 @@ def _traced(
             raise LossError(
                 f"one forward and backward pass of loss_fn failed: {error!r} (on fake tensors: {fake_error!r})"
             ) from error
+
+
+def _cut_and_traced(host: Host, batch: Any, keys: dict[OpKey, int]) -> tuple[list[str], Trace]:
+    """The plain step's trace with blocks of comparable size: what is large is cut again and traced again."""
+    paths = cut(host.model)
+    while True:
+        trace = _traced(host, batch, paths, keys)
+        blocks = Layout(trace, no_optimizer([]), 0).blocks
+        saved = {p: sum(call_bytes(trace, s) for s in b.saved.values()) for p, b in blocks.items()}
+        finer = cut_large(host.model, paths, saved)
+        if finer == paths:
+            return paths, trace
+        paths = finer
+
+
+def _variants(
+    host: Host,
+    batch: Any,
+    plain: Trace,
+    paths: list[str],
+    keys: dict[OpKey, int],
+    refusals: dict[str, str],
+) -> dict[tuple[Setting, ...], Trace]:
+    """The step as plans run it: with nothing attached, and with each combination of rewriting methods."""
+    cached = has_cache(host.model)
+    undo = switch_off_cache(host.model)
+    try:
+        bare = _traced(host, batch, paths, keys) if cached else plain
+        if bare.timeline().peak_bytes > plain.timeline().peak_bytes:
+            undo()  # without the cache Transformers masks fake tokens, whose values it cannot see
+            bare = plain
+        traces: dict[tuple[Setting, ...], Trace] = {(): bare}
+        for methods in _rewritings(host, batch, refusals):
+            with _attached(host, methods):
+                key = tuple(setting_of(m) for m in methods)
+                try:
+                    traces[key] = _traced(host, batch, paths, keys, fake_only=True)
+                except Exception as error:
+                    name = method_name(methods[0])
+                    refusals[name] = f"cannot be traced on fake tensors: {error!r}"
+        return traces
+    finally:
+        undo()
 
 
 def _rewritings(host: Host, batch: Any, refusals: dict[str, str]) -> Iterator[tuple[Method, ...]]:
@@ -150,9 +187,15 @@ class _attached:  # noqa: N801
 
 
 def _profile(
-    host: Host, batch: Any, traces: Any, law: OptimizerLaw, rates: Any, refusals: dict[str, str]
+    host: Host,
+    batch: Any,
+    plain: Trace,
+    traces: dict[tuple[Setting, ...], Trace],
+    law: OptimizerLaw,
+    rates: Any,
+    refusals: dict[str, str],
 ) -> Profile:
-    model, plain = host.model, traces[()]
+    model = host.model
     weights = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     read, write = _bandwidth(host)
     layout = Layout(plain, law, law.state_bytes)

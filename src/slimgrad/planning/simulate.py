@@ -19,6 +19,7 @@ from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.trace import Call, Trace
 from slimgrad.method import ModelRecord, Record, Restore, Update
+from slimgrad.storage import MAX_PENDING_BYTES
 from slimgrad.types import Column
 
 _POSITION = {column: position for position, column in enumerate(Column)}
@@ -67,11 +68,13 @@ class Layout:
     def _place(self) -> None:
         trace, num = self.trace, self.trace.num_ticks
         before, after = np.zeros(num + 2, dtype=np.int64), np.zeros(num + 2, dtype=np.int64)
-        self.backward_tick: dict[int, int] = {}
+        self.backward_tick: dict[int, int] = {}  # the first operation of each call's backward
+        self.backward_last: dict[int, int] = {}
         for tick, call in zip(
             np.flatnonzero(trace.op_backward) + 1, trace.op_call[trace.op_backward], strict=True
         ):
             self.backward_tick.setdefault(int(call), int(tick))
+            self.backward_last[int(call)] = int(tick)
         self.backward_tick.pop(-1, None)
         offset: dict[int, int] = {}
         for index, tick in self.backward_tick.items():
@@ -148,15 +151,33 @@ class Layout:
             back = self._restored_at(index, record.restore)
             for storage in saved:
                 nbytes, column = int(self.trace.nbytes[storage]), int(self.trace.column[storage])
+                free = max(gone, int(self.drop[self.trace.cached.get(storage, 0)]))
                 here = back + (
                     int(self.trace.birth[storage]) - call.forward_from
                     if record.restore is Restore.REPLAY
                     else 0
                 )
-                changes.span(gone, here, -nbytes * (1 - share), column)
+                changes.span(free, here, -nbytes * (1 - share), column)
             if record.restore is Restore.REPLAY:
                 self._replayed_temporaries(changes, index, saved)
+            elif record.restore is Restore.COPY:
+                self._pending_writes(changes, index, saved, 1 - share)
         return changes
+
+    def _pending_writes(
+        self, changes: Changes, index: int, saved: tuple[int, ...], share: float
+    ) -> None:
+        """What a block's forward leaves to be written is live until it is, during the next block's at most."""
+        sizes = [int(self.trace.nbytes[s]) for s in saved]
+        pending = min(sum(sizes) * share, max([MAX_PENDING_BYTES, *sizes]))
+        start = int(self.drop[self.trace.calls[index].forward_to + 1])
+        ends = [
+            c.forward_to
+            for c in self.trace.calls
+            if c.forward_to > self.trace.calls[index].forward_to
+        ]
+        stop = self.drop[min(ends, default=self.trace.backward_from) + 1]
+        changes.span(start, int(stop), pending, _POSITION[Column.ACTIVATIONS])
 
     def _restored_at(self, index: int, restore: Restore) -> int:
         if restore is not Restore.COPY:
@@ -183,26 +204,28 @@ class Layout:
             )
 
     def held_inputs(self, path: str) -> dict[int, int]:
-        """Border storages that recomputing ``path`` keeps alive longer: storage -> the slot it is held to."""
+        """Border storages that recomputing ``path`` keeps alive longer: storage -> the slot it is held to.
+
+        What recomputation starts from is let go when the last saved tensor of the call is, not when it has run.
+        """
         held: dict[int, int] = {}
         for index in self.blocks[path].calls:
             if index in self.window:
+                stop = int(self.at[self.backward_last[index]]) + 1
                 for storage in self.trace.calls[index].inputs:
-                    if self.trace.death[storage] <= self.backward_tick[index]:
-                        held[storage] = max(held.get(storage, 0), self._window_end(index))
+                    if self._freed_slot(storage) < stop:
+                        held[storage] = max(held.get(storage, 0), stop)
         return held
 
-    def _window_end(self, index: int) -> int:
-        return int(self.at[self.backward_tick[index]])
+    def _freed_slot(self, storage: int) -> int:
+        return int(self.drop[min(int(self.trace.death[storage]), self.trace.num_ticks + 1)])
 
     def hold_changes(self, held: Mapping[int, int]) -> Changes:
         """The changes of keeping border storages alive to the given slots."""
         changes = Changes()
         for storage, stop in held.items():
-            start = int(self.drop[min(int(self.trace.death[storage]), self.trace.num_ticks + 1)])
-            changes.span(
-                start, stop, int(self.trace.nbytes[storage]), int(self.trace.column[storage])
-            )
+            nbytes, column = int(self.trace.nbytes[storage]), int(self.trace.column[storage])
+            changes.span(self._freed_slot(storage), stop, nbytes, column)
         return changes
 
     def model_changes(self, record: ModelRecord) -> Changes:
@@ -214,11 +237,10 @@ class Layout:
         if not self.law.parameters:
             return changes
         kept = 0 if record.state_in_files else self.state_bytes
-        changes.span(0, self.num_slots, kept + record.buffer_bytes, state)
-        one_by_one = (
-            record.state_in_files or record.gradients_in_files or record.update is Update.DURING
-        )
-        if not one_by_one:
+        changes.span(0, self.num_slots, kept, state)
+        in_backward = record.gradients_in_files or record.update is Update.DURING
+        changes.span(0 if in_backward else self.end, self.num_slots, record.buffer_bytes, state)
+        if not (record.state_in_files or in_backward):
             changes.span(self.end, self.end + 1, self.law.step_transient_bytes, temporary)
             return changes
         for parameter in self.law.parameters:

@@ -11,9 +11,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from slimgrad.applying.model_cache import switch_off_cache
 from slimgrad.applying.step import Step
 from slimgrad.host import Host
+from slimgrad.measuring.model_cache import switch_off_cache
 from slimgrad.measuring.randomness import RandomState
 from slimgrad.measuring.trace import checked_loss
 from slimgrad.optimizers import plain_step
