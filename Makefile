@@ -10,14 +10,13 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_OPTIONS ?=
-DEMO_OPTIONS ?= --budget 1GiB
+DEMO_OPTIONS ?= --budget 1GiB --steps 16 --out runs/demo
 PYTEST_OPTIONS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-BENCHMARKS := $(wildcard benchmarks/frontier.py benchmarks/methods.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo dev test test-slow check format docs bench gpu clean distclean

@@ -187,6 +187,7 @@ class Undo:
         self._actions = list(actions)
 
     def __call__(self) -> None:
+        """Put everything back, what was changed last first."""
         while self._actions:
             self._actions.pop()()
 

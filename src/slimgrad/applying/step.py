@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Step:
         self._undone = True
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
+    def suspended(self) -> Generator[None]:
         """Plain training within the body: everything is put back, and attached again afterwards."""
         self._undo()
         try:
@@ -157,6 +157,7 @@ def apply(
 
 
 def attach_all(plan: Plan, host: Host) -> Undo:
+    """Attach every choice of the plan, in its order; if one cannot be attached, those before it are undone."""
     undo = Undo()
     try:
         undo.then(switch_off_cache(host.model))

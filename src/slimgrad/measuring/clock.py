@@ -174,6 +174,70 @@ class Rates:
     overhead_s: float = 3e-6
 
 
+_INDEXED = frozenset(
+    [
+        "embedding",
+        "embedding_dense_backward",
+        "gather",
+        "index_select",
+        "index",
+        "index_put",
+        "index_put_",
+        "masked_fill",
+        "masked_fill_",
+        "where",
+        "nll_loss_forward",
+        "nll_loss_backward",
+        "scatter",
+        "scatter_",
+        "scatter_add",
+        "scatter_add_",
+        "max_pool2d_with_indices_backward",
+        "_to_copy",
+        "copy_",
+        "clone",
+        "add",
+        "mul",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "bitwise_and",
+        "bitwise_or",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+        "any",
+        "all",
+        "cumsum",
+        "arange",
+        "full",
+        "_linear_cross_entropy_batch_chunked",
+    ]
+)
+_OPAQUE = frozenset({"workspace", "reserve", "philox_seed", "rng_state"})
+
+
+def name_of(key: OpKey) -> str:
+    """The operation's name without its overload: ``"mm"``."""
+    return getattr(key[0], "__name__", "").split(".")[0]
+
+
+def _may_be_run(key: OpKey) -> bool:
+    """Whether an operation can be run on made-up values.
+
+    Kernels trust opaque workspaces, lengths and offsets: wrong ones can crash the process. So integers are made
+    up (as zeros) only for operations known to take them as indices or plain values.
+    """
+    schema = getattr(key[0], "_schema", None)
+    if schema is None or any(a.name in _OPAQUE for a in schema.arguments):
+        return False
+    whole = all(s.dtype.is_floating_point or s.dtype.is_complex for s in _specs(key))
+    return whole or name_of(key) in _INDEXED
+
+
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -210,9 +274,11 @@ def time_operations(
     deadline = time.perf_counter() + limit_s
     with kept_randomness(), torch.no_grad():
         for index in np.argsort(-(num_bytes + flops / 10)):
-            key = keys[index]
-            if getattr(key[0], "__name__", "").split(".")[0] in _VIEWS:
+            key = keys[int(index)]
+            if name_of(key) in _VIEWS:
                 seconds[index] = 2e-6
+            elif not _may_be_run(key):
+                continue
             elif time.perf_counter() < deadline and (
                 limit_bytes is None or 3 * num_bytes[index] <= limit_bytes
             ):
@@ -221,11 +287,37 @@ def time_operations(
                 except Exception:
                     continue
     rates = _rates(seconds, flops, num_bytes)
-    missing = np.isnan(seconds)
-    estimate = rates.overhead_s + np.where(
-        flops > 0, flops / rates.flops_per_s, 2 * num_bytes / rates.bytes_per_s
-    )
-    return np.where(missing, estimate, seconds), rates
+    for index in map(int, np.flatnonzero(np.isnan(seconds))):
+        seconds[index] = _estimate(index, keys, seconds, flops, num_bytes, rates)
+    return seconds, rates
+
+
+def _estimate(
+    index: int,
+    keys: Sequence[OpKey],
+    seconds: np.ndarray,
+    flops: np.ndarray,
+    num_bytes: np.ndarray,
+    rates: Rates,
+) -> float:
+    """Seconds of an operation that was not run: from others of its name, from its forward twin, or from rates."""
+    name, size = name_of(keys[index]), flops if flops[index] > 0 else num_bytes
+    same = [
+        i for i, key in enumerate(keys) if name_of(key) == name and seconds[i] > 0 and size[i] > 0
+    ]
+    if same:
+        nearest = min(same, key=lambda i: abs(np.log(size[i] / max(size[index], 1))))
+        return float(seconds[nearest] * size[index] / size[nearest])
+    forward = [
+        seconds[i]
+        for i, key in enumerate(keys)
+        if name == f"{name_of(key)}_backward" and seconds[i] > 0
+    ]
+    if forward:
+        return 2 * float(np.mean(forward))  # one product forward, two backward
+    if flops[index] > 0:
+        return rates.overhead_s + float(flops[index]) / rates.flops_per_s
+    return rates.overhead_s + 2 * float(num_bytes[index]) / rates.bytes_per_s
 
 
 def _rates(seconds: np.ndarray, flops: np.ndarray, num_bytes: np.ndarray) -> Rates:

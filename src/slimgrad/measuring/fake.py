@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ _MOST_BYTES = 2**26  # integers larger than that are faked as well
 
 
 @contextmanager
-def faked(model: nn.Module, *batches: Any) -> Iterator[list[Any]]:
+def faked(model: nn.Module, *batches: Any) -> Generator[list[Any]]:
     """Run the body with ``model``'s parameters and buffers swapped for fakes; yields the fake batches.
 
     Integers and booleans are copied instead, small as they are: models look at the values of masks and positions

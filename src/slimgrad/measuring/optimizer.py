@@ -7,6 +7,7 @@ small real tensors, scaled. Seconds come from a real step on at most a million e
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class OptimizerLaw:
         return sum(p.state_bytes for p in self.parameters)
 
 
-def no_optimizer(parameters: list[tuple[str, Tensor]]) -> OptimizerLaw:
+def no_optimizer(parameters: Sequence[tuple[str, Tensor]]) -> OptimizerLaw:
     """The law where nothing is updated."""
     laws = tuple(
         ParameterLaw(n, tuple(p.shape), p.numel() * p.element_size(), 0, 0) for n, p in parameters

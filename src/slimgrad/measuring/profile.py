@@ -143,17 +143,7 @@ def _trace_to_json(trace: Trace) -> dict[str, Any]:
 def _trace_from_json(data: Mapping[str, Any]) -> Trace:
     types = {"op_backward": bool, "op_seconds": np.float64}
     arrays = {name: np.array(data[name], dtype=types.get(name, np.int64)) for name in _ARRAYS}
-    calls = [
-        Call(
-            **{
-                **c,
-                "inputs": tuple(c["inputs"]),
-                "outputs": tuple(c["outputs"]),
-                "nodes": tuple(c["nodes"]),
-            }
-        )
-        for c in data["calls"]
-    ]
+    calls = [Call(**_as_tuples(c, "inputs", "outputs", "nodes")) for c in data["calls"]]
     return Trace(
         **arrays,
         op=np.zeros(0, dtype=np.int64),
@@ -164,6 +154,11 @@ def _trace_from_json(data: Mapping[str, Any]) -> Trace:
         gradients={name: (v[0], v[1]) for name, v in data["gradients"].items()},
         module_paths=list(data["module_paths"]),
     )
+
+
+def _as_tuples(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """``data`` with the lists under ``names`` as tuples: JSON knows only lists."""
+    return {**data, **{name: tuple(data[name]) for name in names}}
 
 
 def setting_from_json(data: Sequence[Any]) -> Setting:
@@ -200,9 +195,7 @@ def profile_from_json(data: Mapping[str, Any]) -> Profile:
         if name in data and name not in ("timeline",)
     }
     law = dict(data["law"])
-    law["parameters"] = tuple(
-        ParameterLaw(**{**p, "shape": tuple(p["shape"])}) for p in law["parameters"]
-    )
+    law["parameters"] = tuple(ParameterLaw(**_as_tuples(p, "shape")) for p in law["parameters"])
     plain |= {
         "law": OptimizerLaw(**law),
         "rates": Rates(**data["rates"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +68,7 @@ class RandomState:
 
 
 @contextmanager
-def kept_randomness() -> Iterator[None]:
+def kept_randomness() -> Generator[None]:
     """Whatever the body draws, the random states afterwards are those from before."""
     state = RandomState.now()
     try:

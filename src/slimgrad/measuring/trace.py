@@ -116,10 +116,10 @@ class _Recorder:
             assert self.tracker is not None
             if current_task() != -1:
                 return
-            seen = {self.tracker.see(t, born=0) for t in plain_tensors((args, kwargs))} - {None}
-            call = Call(
-                path, self.tracker.tick, -1, tuple(sorted(seen)), (), (_get_sequence_nr(), 0)
-            )  # pyright: ignore
+            met = (self.tracker.see(t, born=0) for t in plain_tensors((args, kwargs)))
+            seen = {storage for storage in met if storage is not None}
+            nodes = (_get_sequence_nr(), 0)
+            call = Call(path, self.tracker.tick, -1, tuple(sorted(seen)), (), nodes)
             self.open.append(len(self.calls))
             self.calls.append(call)
             self._caching.append(_autocast_caches(self.tracker.device.type))
@@ -137,10 +137,8 @@ class _Recorder:
         leaves = plain_tensors(
             getattr(out, "__dict__", out) if not isinstance(out, (tuple, list, dict)) else out
         )
-        seen = {self.tracker.see(t) for t in ([out] if isinstance(out, Tensor) else leaves)} - {
-            None
-        }
-        call.outputs = tuple(sorted(seen))  # pyright: ignore
+        met = (self.tracker.see(t) for t in ([out] if isinstance(out, Tensor) else leaves))
+        call.outputs = tuple(sorted({storage for storage in met if storage is not None}))
 
     def _complete(self, name: str) -> Any:
         def hook(parameter: Tensor) -> None:

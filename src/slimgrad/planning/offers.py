@@ -106,8 +106,7 @@ def schemes(profile: Profile, allowed: Allowed) -> list[Scheme]:
 def _model_methods(allowed: Allowed) -> list[Method]:
     methods: list[Method] = []
     for cls in catalogue.methods().values():
-        plain = cls.scope is Scope.MODEL and not isinstance(cls, Rewriting)
-        if plain and allowed.permits(cls):
+        if allowed.permits(cls) and cls.scope is Scope.MODEL and not isinstance(cls, Rewriting):
             methods.append(cls())
     return methods
 

@@ -15,7 +15,7 @@ from slimgrad import catalogue
 from slimgrad.batches import batch_size, check_batch
 from slimgrad.errors import LossError, ModelError, SlimgradError
 from slimgrad.host import Host, LossFn
-from slimgrad.measuring.blocks import cut
+from slimgrad.measuring.blocks import cut, cut_large
 from slimgrad.measuring.clock import OpKey, time_operations
 from slimgrad.measuring.fake import is_fake
 from slimgrad.measuring.model_cache import has_cache, switch_off_cache
@@ -28,6 +28,7 @@ from slimgrad.methods.gradients.micro_batches import has_batch_statistics
 from slimgrad.planning.settings import plain_record
 from slimgrad.planning.simulate import Layout, call_bytes, call_seconds
 from slimgrad.storage import measure_bandwidth, open_store
+from slimgrad.types import Column
 
 
 def measure(
@@ -53,8 +54,8 @@ def measure(
     names = {id(p): name for name, p in model.named_parameters()}
     host = Host(model, optimizer, loss_fn)
     keys: dict[OpKey, int] = {}
-    paths = cut(model)
-    plain, refusals = _traced(host, batch, paths, keys), dict[str, str]()
+    paths, plain = _cut_and_traced(host, batch, keys)
+    refusals: dict[str, str] = {}
     traces = _variants(host, batch, plain, paths, keys, refusals)
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     law = no_optimizer(trainable) if optimizer is None else optimizer_law(optimizer, names)
@@ -112,6 +113,19 @@ def _traced(
             ) from error
 
 
+def _cut_and_traced(host: Host, batch: Any, keys: dict[OpKey, int]) -> tuple[list[str], Trace]:
+    """The plain step's trace with blocks of comparable size: what is large is cut again and traced again."""
+    paths = cut(host.model)
+    while True:
+        trace = _traced(host, batch, paths, keys)
+        blocks = Layout(trace, no_optimizer([]), 0).blocks
+        saved = {p: sum(call_bytes(trace, s) for s in b.saved.values()) for p, b in blocks.items()}
+        finer = cut_large(host.model, paths, saved)
+        if finer == paths:
+            return paths, trace
+        paths = finer
+
+
 def _variants(
     host: Host,
     batch: Any,
@@ -124,7 +138,11 @@ def _variants(
     cached = has_cache(host.model)
     undo = switch_off_cache(host.model)
     try:
-        traces = {(): _traced(host, batch, paths, keys) if cached else plain}
+        bare = _traced(host, batch, paths, keys) if cached else plain
+        if bare.timeline().peak_bytes > plain.timeline().peak_bytes:
+            undo()  # without the cache Transformers masks fake tokens, whose values it cannot see
+            bare = plain
+        traces: dict[tuple[Setting, ...], Trace] = {(): bare}
         for methods in _rewritings(host, batch, refusals):
             with _attached(host, methods):
                 key = tuple(setting_of(m) for m in methods)
@@ -240,8 +258,8 @@ def module_costs(model: nn.Module, layout: Layout) -> list[ModuleCost]:
                 call_seconds(trace, block.calls, backward=True),
             )
         )
-    activations = trace.timeline().columns
-    outside = max(0, int(max(activations["activations"])) - sum(r.activation_bytes for r in rows))
+    activations = trace.timeline().columns[Column.ACTIVATIONS]
+    outside = max(0, int(max(activations)) - sum(r.activation_bytes for r in rows))
     loose = trace.op_call < 0
     held = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     inside = sum(r.weight_bytes for r in rows)

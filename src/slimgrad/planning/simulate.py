@@ -19,6 +19,7 @@ from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.trace import Call, Trace
 from slimgrad.method import ModelRecord, Record, Restore, Update
+from slimgrad.storage import MAX_PENDING_BYTES
 from slimgrad.types import Column
 
 _POSITION = {column: position for position, column in enumerate(Column)}
@@ -159,7 +160,24 @@ class Layout:
                 changes.span(free, here, -nbytes * (1 - share), column)
             if record.restore is Restore.REPLAY:
                 self._replayed_temporaries(changes, index, saved)
+            elif record.restore is Restore.COPY:
+                self._pending_writes(changes, index, saved, 1 - share)
         return changes
+
+    def _pending_writes(
+        self, changes: Changes, index: int, saved: tuple[int, ...], share: float
+    ) -> None:
+        """What a block's forward leaves to be written is live until it is, during the next block's at most."""
+        sizes = [int(self.trace.nbytes[s]) for s in saved]
+        pending = min(sum(sizes) * share, max([MAX_PENDING_BYTES, *sizes]))
+        start = int(self.drop[self.trace.calls[index].forward_to + 1])
+        ends = [
+            c.forward_to
+            for c in self.trace.calls
+            if c.forward_to > self.trace.calls[index].forward_to
+        ]
+        stop = self.drop[min(ends, default=self.trace.backward_from) + 1]
+        changes.span(start, int(stop), pending, _POSITION[Column.ACTIVATIONS])
 
     def _restored_at(self, index: int, restore: Restore) -> int:
         if restore is not Restore.COPY:

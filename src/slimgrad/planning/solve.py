@@ -8,6 +8,7 @@ the step, its answer is replayed, slots found above the budget are added, and it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,12 +78,14 @@ class Programme:
         assert lowest is not None
         return self.least_seconds(lowest.peak_bytes) or lowest
 
-    def _solve(self, solver: object, budget_bytes: int | None) -> Solution | None:
+    def _solve(
+        self, solver: Callable[[list[int]], np.ndarray | None], budget_bytes: int | None
+    ) -> Solution | None:
         num = len(self.options)
         slots = self._highest(self.fixed) | self._highest(self._all_effects())
         best: Solution | None = None
         for _ in range(_ROUNDS):
-            chosen = solver(sorted(slots)) if num else np.zeros(0)  # pyright: ignore
+            chosen = solver(sorted(slots)) if num else np.zeros(0)
             if chosen is None:
                 return best
             live, changes = self.replay(chosen)
@@ -121,10 +124,10 @@ class Programme:
     def _fit(self, slots: list[int], budget_bytes: int) -> np.ndarray | None:
         """Least seconds with the live bytes at ``slots`` within the budget."""
         scale = max(float(budget_bytes), 1.0)
-        room = LinearConstraint(
-            self.effects[:, slots].T / scale, ub=(budget_bytes - self.fixed[slots]) / scale
+        room = _at_most(
+            self.effects[:, slots].T / scale, (budget_bytes - self.fixed[slots]) / scale
         )
-        one = LinearConstraint(self.one_of, ub=np.ones(len(self.one_of)))
+        one = _at_most(self.one_of, np.ones(len(self.one_of)))
         answer = milp(
             self.added_s + 1e-9,
             constraints=[room, one],
@@ -141,14 +144,17 @@ class Programme:
         answer = milp(
             np.append(self.added_s * 1e-6 / max(float(np.abs(self.added_s).sum()), 1e-12), 1.0),
             constraints=[
-                LinearConstraint(below, ub=-self.fixed[slots] / scale),
-                LinearConstraint(
+                _at_most(below, -self.fixed[slots] / scale),
+                _at_most(
                     np.hstack((self.one_of, np.zeros((len(self.one_of), 1)))),
-                    ub=np.ones(len(self.one_of)),
+                    np.ones(len(self.one_of)),
                 ),
             ],
             integrality=np.append(np.ones(num), 0),
-            bounds=Bounds(np.zeros(num + 1), np.append(np.ones(num), np.inf)),
+            bounds=Bounds(
+                np.zeros(num + 1),  # pyright: ignore[reportArgumentType]: typed as one number
+                np.append(np.ones(num), np.inf),  # pyright: ignore[reportArgumentType]
+            ),
             options={"time_limit": 5.0, "mip_rel_gap": 1e-3},
         )
         return None if answer.x is None else np.round(answer.x[:num])
@@ -157,3 +163,8 @@ class Programme:
         picked = tuple(self.options[i] for i in np.flatnonzero(chosen))
         seconds = self.scheme.seconds + sum(o.added_s for o in picked)
         return Solution(self.scheme, self.layout, picked, changes, peak, seconds)
+
+
+def _at_most(matrix: np.ndarray, upper: np.ndarray) -> LinearConstraint:
+    """``matrix @ x <= upper``, row by row."""
+    return LinearConstraint(matrix, ub=upper)  # pyright: ignore[reportArgumentType]: typed as one number

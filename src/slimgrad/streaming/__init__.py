@@ -6,7 +6,7 @@ next slices is read, and that of the last ones written, while one is computed.
 """
 
 from slimgrad.streaming.ahead import ReadAhead
-from slimgrad.streaming.slices import Cut, cuts_of, is_sliceable
+from slimgrad.streaming.slices import Cut, cuts_of
 from slimgrad.streaming.state import StoredState
 from slimgrad.streaming.update import GradientSlice, StreamedUpdate
 
@@ -17,5 +17,4 @@ __all__ = [
     "StoredState",
     "StreamedUpdate",
     "cuts_of",
-    "is_sliceable",
 ]

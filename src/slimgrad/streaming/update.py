@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from slimgrad.optimizers import group_of, step_parameter, step_part
+from slimgrad.optimizers import group_of, is_sliceable, step_parameter, step_part
 from slimgrad.storage import Store, Transfer
 from slimgrad.streaming.ahead import ReadAhead, Ready
-from slimgrad.streaming.slices import Cut, cuts_of, is_sliceable
+from slimgrad.streaming.slices import Cut, cuts_of
 from slimgrad.streaming.state import StoredState
 
 if TYPE_CHECKING:

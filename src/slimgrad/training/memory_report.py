@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def _drawn(label: str, timeline: MemoryTimeline) -> Timeline:
     """The timeline thinned to what can be seen, the highest instant of each stretch kept."""
     total = timeline.total
     edges = np.linspace(0, total.size, min(_INSTANTS, total.size) + 1).astype(int)
-    spans = zip(edges[:-1], edges[1:], strict=True)
+    spans = itertools.pairwise(edges)
     kept = np.array([a + int(total[a:b].argmax()) for a, b in spans if b > a])
     columns = {c.value: live[kept].tolist() for c, live in timeline.columns.items()}
     named = [m for m in timeline.marks if m[1] in ("backward begins", "optimizer")][:4]

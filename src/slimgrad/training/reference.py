@@ -142,7 +142,8 @@ def _own_error(
             loss_fn(job.model, next(job.batches)).backward()
             job.optimizer.step()
             job.optimizer.zero_grad()
-        return _distance(_named(job.model), before, after), "float64"
+        wide = {name: p.clone() for name, p in _named(job.model).items()}
+    return _distance(wide, before, after), "float64"
 
 
 def main(spec_json: str, folder: str, num_steps: str = "2") -> None:
@@ -169,7 +170,7 @@ def main(spec_json: str, folder: str, num_steps: str = "2") -> None:
         "own_error": own_error,
         "own_error_in": own_error_in,
     }
-    np.savez(out / "timeline.npz", **{c.value: v for c, v in ledger.timeline.columns.items()})  # pyright: ignore
+    np.savez(out / "timeline.npz", **{c.value: v for c, v in ledger.timeline.columns.items()})  # pyright: ignore[reportArgumentType]
     (out / "figures.json").write_text(json.dumps(figures))
 
 

@@ -110,7 +110,10 @@ def _run_block(
         leaves = [t for t in plain_tensors(inputs) if t.requires_grad]
         weights = [p for p in module.parameters() if p.requires_grad]
         found = torch.autograd.grad(outs, leaves + weights, cotangents, allow_unused=True)
-    result = {f"grad{i}": g.detach() for i, g in enumerate(found) if g is not None}
+    result: dict[str, Tensor] = {}
+    for i, gradient in enumerate(found):
+        if gradient is not None:  # pyright: ignore[reportUnnecessaryComparison]: None where unused
+            result[f"grad{i}"] = gradient.detach()
     result |= {f"out{i}": t.detach() for i, t in enumerate(outs)}
     result |= {f"buffer.{n}": b.detach().clone() for n, b in module.named_buffers()}
     with torch.no_grad():

@@ -50,7 +50,7 @@ def slim(
     asked = Budget.parse(budget)
     sample = batch if largest_batch is None else largest_batch
     profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes)
-    reserve = 0
+    reserve, over, report = 0, 0, None
     for _ in range(_TIGHTENINGS):
         made = plan(
             profile,

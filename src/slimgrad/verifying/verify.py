@@ -142,7 +142,7 @@ def _compare_steps(
 
 
 def _both(
-    step: Step, batch: Any, wide_run: Callable[[Host, Any], Outcome] | None
+    step: Step, batch: Any, wide_run: Callable[[Host, Any], Outcome | None] | None
 ) -> tuple[Outcome, Outcome, Outcome | None]:
     host = step.host
     with step.suspended():
@@ -160,7 +160,7 @@ def _both(
     return plain, slim, wide
 
 
-def _float64_once(host: Host, batch: Any) -> Outcome | None:  # pyright: ignore
+def _float64_once(host: Host, batch: Any) -> Outcome | None:
     try:
         with in_float64(host.model):
             return _plain_once(host, widened(batch), update=False)

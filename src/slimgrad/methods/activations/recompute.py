@@ -17,7 +17,7 @@ References: Chen et al., Training Deep Nets with Sublinear Memory Cost, algorith
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -93,7 +93,7 @@ class _Replay:
         self.silent: set[int] = set()
 
     @contextmanager
-    def first_run(self, changing: set[str] | None) -> Iterator[None]:
+    def first_run(self, changing: set[str] | None) -> Generator[None]:
         """Note the buffers that the forward pass changes (all are watched until that is known)."""
         before = [
             (owner, name, buffer, buffer._version, buffer.detach().clone())
@@ -118,7 +118,7 @@ class _Replay:
         )
 
     @contextmanager
-    def _second_run(self) -> Iterator[None]:
+    def _second_run(self) -> Generator[None]:
         random = OutsideTorch.now()
         now = [(owner, name, owner._buffers[name]) for owner, name, _ in self.changed]
         for owner, name, value in self.changed:
@@ -154,7 +154,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _hooks_replaced(module: nn.Module, by: Any) -> Iterator[None]:
+def _hooks_replaced(module: nn.Module, by: Any) -> Generator[None]:
     """Every forward hook of the modules inside ``module`` replaced by ``by(hook)``."""
     tables = [
         table

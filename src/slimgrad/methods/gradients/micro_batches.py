@@ -17,6 +17,7 @@ References: gradient accumulation is older than any paper on it; the memory law 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -105,7 +106,7 @@ class MicroBatches:
             )
         num = min(self.num, size)
         edges = [size * i // num for i in range(num + 1)]
-        parts = [narrow(batch, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        parts = [narrow(batch, a, b) for a, b in itertools.pairwise(edges)]
         counts = [self._count(part) for part in parts]
         total = sum(counts)
         if self.weigh == "sum" or not total:
