@@ -19,3 +19,32 @@ def _hostile_environment():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """``measured(name)``: what ``measure`` found on a sample model, run once, and what it left changed."""
+    from slimgrad import measure
+    from tests.plain_training import State, plain_step
+    from tests.sample_models import SAMPLES, adamw
+
+    found = {}
+
+    def of(name):
+        if name not in found:
+            model, loss_fn, batch = SAMPLES[name].make()
+            optimizer = adamw(model)
+            plain_step(model, optimizer, loss_fn, batch)  # there is state that could be changed
+            loss_fn(model, batch).backward()  # and there are gradients
+            before = State.of(model, optimizer)
+            profile = measure(model, optimizer, loss_fn, batch, limit_s=0.0)
+            found[name] = profile, State.of(model, optimizer).differences(before)
+        return found[name]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def profile_of(measured):
+    """``profile_of(name)``: the profile of a sample model."""
+    return lambda name: measured(name)[0]
