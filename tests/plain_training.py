@@ -92,7 +92,11 @@ def instance_attributes(model: nn.Module) -> dict[str, set[str]]:
     """What each module holds in its own ``__dict__``, hooks by number: nothing may be left there by an undo."""
     return {
         path: {name for name in vars(module) if not name.startswith("_")}
-        | {f"{name}: {len(table)}" for name, table in vars(module).items() if "hooks" in name and isinstance(table, dict)}
+        | {
+            f"{name}: {len(table)}"
+            for name, table in vars(module).items()
+            if "hooks" in name and isinstance(table, dict)
+        }
         for path, module in model.named_modules()
     }
 

@@ -118,7 +118,7 @@ def attention() -> Made:
         logits = model["head"](model["body"](model["embed"](batch[:, :-1])))
         return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
-    return model, loss_fn, torch.randint(0, 50, (4, 17))
+    return model, loss_fn, torch.randint(0, 50, (2, 25))
 
 
 class _LstmModel(nn.Module):
@@ -197,7 +197,7 @@ class _SharedTwice(nn.Module):
 @_sample
 def shared_twice() -> Made:
     """Every block is called twice a step, in turn: a block is a call, not a module."""
-    return _SharedTwice(), cross_entropy, _labelled(torch.randn(4, 10, 32))
+    return _SharedTwice(), cross_entropy, _labelled(torch.randn(2, 20, 32))
 
 
 @_sample
@@ -281,13 +281,13 @@ def gpt2() -> Made:
         vocab_size=96,
         n_positions=32,
         n_embd=32,
-        n_layer=3,
+        n_layer=2,
         n_head=2,
         bos_token_id=0,
         eos_token_id=0,
     )
-    words, mask = torch.randint(0, 96, (4, 24)), torch.ones(4, 24, dtype=torch.int64)
-    mask[:, 20:] = 0
+    words, mask = torch.randint(0, 96, (2, 32)), torch.ones(2, 32, dtype=torch.int64)
+    mask[:, 28:] = 0
     labels = words.masked_fill(mask == 0, -100)
     batch = BatchEncoding({"input_ids": words, "attention_mask": mask, "labels": labels})
     return GPT2LMHeadModel(config), hugging_face_loss, batch
@@ -302,10 +302,10 @@ def llama() -> Made:
         vocab_size=128,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    words = torch.randint(0, 128, (4, 24))
+    words = torch.randint(0, 128, (2, 32))
     return LlamaForCausalLM(config), hugging_face_loss, {"input_ids": words, "labels": words}

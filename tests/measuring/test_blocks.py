@@ -14,8 +14,8 @@ def _run(num, inner=None):
 EXPECTED = {
     "mlp": [str(i) for i in range(5)],
     "attention": [f"body.layers.{i}" for i in range(3)],
-    "gpt2": [f"transformer.h.{i}" for i in range(3)],
-    "llama": [f"model.layers.{i}" for i in range(3)],
+    "gpt2": [f"transformer.h.{i}" for i in range(2)],
+    "llama": [f"model.layers.{i}" for i in range(2)],
     "shared_twice": [f"blocks.{i}" for i in range(3)],
     "lstm": [],
 }
@@ -53,7 +53,12 @@ def test_two_runs_side_by_side():
 
 @pytest.mark.parametrize(
     "model",
-    [nn.Linear(2, 2), nn.LSTM(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.ModuleDict({"a": nn.ReLU()})],
+    [
+        nn.Linear(2, 2),
+        nn.LSTM(2, 2),
+        nn.Sequential(nn.Linear(2, 2)),
+        nn.ModuleDict({"a": nn.ReLU()}),
+    ],
     ids=["linear", "lstm", "run_of_one", "dict"],
 )
 def test_a_flat_model_has_no_blocks(model):

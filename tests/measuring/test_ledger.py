@@ -13,7 +13,9 @@ from tests.plain_training import plain_step
 from tests.sample_models import SAMPLES, adamw
 
 FLOAT = 4  # bytes
-SCALARS = 2 * FLOAT  # the loss, and the one that backward() starts from: both are made before the engine runs
+SCALARS = (
+    2 * FLOAT
+)  # the loss, and the one that backward() starts from: both are made before the engine runs
 
 
 def _linear_step(num, d_in, d_out, optimizer=None):
@@ -129,7 +131,10 @@ def test_bytes_by_module_are_those_of_the_module_that_made_them():
 def _blocks_step(num_blocks, recompute, d=16, num=8):
     """The ledger over blocks Linear, Tanh, Linear; each saves its tanh and passes on its output."""
     blocks = nn.Sequential(
-        *(nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, d)) for _ in range(num_blocks))
+        *(
+            nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, d))
+            for _ in range(num_blocks)
+        )
     )
     x = torch.randn(num, d, requires_grad=True)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from slimgrad.measuring.randomness import kept_randomness
@@ -32,6 +33,13 @@ class TensorSpec(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of its elements."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def span(self) -> int:
+        """Elements from its first to its last in memory, holes included."""
+        if not all(self.shape):
+            return 0
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
 
 
 OpKey: TypeAlias = tuple[Any, Any]
@@ -112,8 +120,7 @@ def op_bytes(key: OpKey) -> int:
 def built(value: Any) -> Any:
     """A frozen argument as a real one: tensors of the same shape, strides and dtype with values of no meaning."""
     if isinstance(value, TensorSpec):
-        span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True) if n > 0)
-        span = max(span, 0) if all(value.shape) else 0
+        span = value.span
         if value.dtype.is_floating_point or value.dtype.is_complex:
             flat = torch.empty(span, dtype=value.dtype, device=value.device).uniform_(0.01, 1)
         else:
@@ -124,6 +131,17 @@ def built(value: Any) -> Any:
             return {k: built(v) for k, v in value[1]}
         return [built(v) for v in value]
     return value
+
+
+def _allocated_bytes(key: OpKey) -> int:
+    """Bytes that running an operation alone takes: its arguments and what it makes, both with holes."""
+    given = sum(spec.span * spec.dtype.itemsize for spec in _specs(key))
+    try:
+        func, (args, kwargs) = key
+        out = func(*[_meta(a) for a in args], **{k: _meta(v) for k, v in kwargs})
+    except Exception:
+        return 3 * given
+    return given + sum(t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor))
 
 
 def op_flops(key: OpKey) -> int:
@@ -265,8 +283,7 @@ def time_operations(
 ) -> tuple[np.ndarray, Rates]:
     """Seconds of each distinct operation, and the rates found on the way.
 
-    Nothing above ``limit_bytes`` is allocated (arguments counted three times over for what an operation makes),
-    and no more than about ``limit_s`` seconds are spent; what is left out is estimated from the rates.
+    No operation that would take more than ``limit_bytes`` is run (its arguments and what it makes), and no more than about ``limit_s`` seconds are spent; what is left out is estimated from the rates.
     """
     seconds = np.full(len(keys), np.nan)
     flops = np.array([op_flops(key) for key in keys], dtype=np.float64)
@@ -280,7 +297,7 @@ def time_operations(
             elif not _may_be_run(key):
                 continue
             elif time.perf_counter() < deadline and (
-                limit_bytes is None or 3 * num_bytes[index] <= limit_bytes
+                limit_bytes is None or _allocated_bytes(key) <= limit_bytes
             ):
                 try:
                     seconds[index] = _time(key, deadline)

@@ -163,7 +163,12 @@ def _as_tuples(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def setting_from_json(data: Sequence[Any]) -> Setting:
     """A setting read back from JSON."""
-    return (data[0], tuple((k, v) for k, v in data[1]))
+    return (data[0], tuple((k, field_from_json(v)) for k, v in data[1]))
+
+
+def field_from_json(value: Any) -> Any:
+    """A method's field read back from JSON, where tuples are lists."""
+    return tuple(map(field_from_json, value)) if isinstance(value, list) else value
 
 
 def profile_to_json(profile: Profile) -> dict[str, Any]:

@@ -217,7 +217,12 @@ class untouched:  # noqa: N801
         self.model = model
 
     def __enter__(self) -> None:
-        self.buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        self.buffers = [
+            (module._buffers, name, buffer, buffer.detach().clone())
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         self.gradients = [(p, p.grad) for p in self.model.parameters()]
         for parameter, _ in self.gradients:
             parameter.grad = None
@@ -226,7 +231,8 @@ class untouched:  # noqa: N801
     def __exit__(self, *exc: Any) -> None:
         self.random.restore()
         with torch.no_grad():
-            for buffer, value in self.buffers:
+            for table, name, buffer, value in self.buffers:
+                table[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
         for parameter, gradient in self.gradients:

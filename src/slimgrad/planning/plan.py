@@ -10,7 +10,7 @@ from typing import Any
 
 from slimgrad.errors import BudgetError, PlanError
 from slimgrad.measuring.ledger import MemoryTimeline
-from slimgrad.measuring.profile import Profile, versions
+from slimgrad.measuring.profile import Profile, field_from_json, versions
 from slimgrad.method import Method, Update, hyperparameters, method_name
 from slimgrad.planning.offers import Allowed, Scheme, check_allowed, options, refusals, schemes
 from slimgrad.planning.settings import layout_of
@@ -92,6 +92,11 @@ class Plan:
         return plan_table(self)
 
 
+def _choice_from_json(data: Mapping[str, Any]) -> Choice:
+    values = {name: field_from_json(value) for name, value in data["fields"].items()}
+    return Choice(**{**data, "fields": values})
+
+
 def plan_from_json(data: Mapping[str, Any]) -> Plan:
     """A plan from plain data; raises KeyError, TypeError or ValueError where it is not one."""
     if data["format"] != FORMAT:
@@ -99,7 +104,7 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
     known = {n: data[n] for n in Plan.__dataclass_fields__ if n in data}
     known |= {
         "exactness": Exactness(data["exactness"]),
-        "choices": tuple(Choice(**c) for c in data["choices"]),
+        "choices": tuple(_choice_from_json(c) for c in data["choices"]),
         "allow": tuple(data["allow"]),
         "needs_step": tuple(data["needs_step"]),
     }
