@@ -45,6 +45,7 @@ class LstmLm(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, T, V]``."""
         return self.head(self.lstm(self.embed(tokens_BT))[0])
 
 

@@ -255,13 +255,18 @@ class Layout:
             changes.span(
                 update_at, update_at + 1, parameter.transient_bytes * share + moved, temporary
             )
-            if record.update is Update.DURING or record.gradients_in_files:
-                changes.span(during + 1, self.num_slots, -nbytes, gradient)
+            if record.update is Update.DURING:
+                gone = during + 1
             else:
-                changes.span(last + 1, self.num_slots, -nbytes, gradient)
+                gone = self._written_slot(during) if record.gradients_in_files else last + 1
+            changes.span(gone, self.num_slots, -nbytes, gradient)
             if record.gradients_in_files:
                 changes.span(last, last + 1, nbytes * share, gradient)
         return changes
+
+    def _written_slot(self, completed: int) -> int:
+        """Where a gradient that is being written is gone at the latest: when the next one is complete."""
+        return min((s for s in self.update_slot.values() if s > completed), default=self.end) + 1
 
     # -- answers -----------------------------------------------------------------------------------
 

@@ -73,6 +73,7 @@ class _Gradients:
         self._slots: dict[Tensor, Slot] = {}
         self._written: dict[Tensor, _Gradient] = {}
         self._buffers: list[Tensor] = []
+        self._writing: Transfer | None = None
 
     @torch.no_grad()
     def take(self, parameter: Tensor) -> None:
@@ -90,7 +91,9 @@ class _Gradients:
             gradient = gradient.contiguous()
             flat = gradient.view(-1)
         slot = self._slot(parameter, flat.numel() * flat.element_size())
-        write = self._store.start_write(slot, flat)
+        if self._writing is not None:
+            self._writing.wait()  # one gradient at a time is held by its writing
+        write = self._writing = self._store.start_write(slot, flat)
         shape, stride = gradient.shape, tuple(gradient.stride())
         self._written[parameter] = _Gradient(slot, shape, stride, gradient.dtype, write, norm)
 
