@@ -5,14 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tests.hand_plans import hand_plan, on_model, recomputed
+from tests.sample_models import SAMPLES, adamw
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import slimgrad
 from slimgrad.errors import BudgetError, PlanError
 from slimgrad.measuring.blocks import cut
-from tests.hand_plans import hand_plan, on_model, recomputed
-from tests.sample_models import SAMPLES, adamw
 
 MEASURED = ["residual_conv", "conv_batchnorm", "counting_buffer", "frozen_layer"]
 REPLAYED = [*MEASURED, "mlp", "attention", "lstm", "tied", "shared_twice", "in_place"]
@@ -104,7 +104,7 @@ def test_a_bitwise_plan_trains_to_the_same_bits(name, budget, profiles):
             return slimgrad.plan(profile, budget, exactness="bitwise")
         except BudgetError as error:
             limit = int(float(budget[:-1]) / 100 * profile.peak_bytes)
-            assert limit < error.smallest_bytes < profile.peak_bytes
+            assert limit < error.smallest_bytes < profile.peak_bytes  # noqa: PT017
             return slimgrad.plan(profile, error.smallest_bytes, exactness="bitwise")
 
     plan = assert_trains_alike(name, planned)
