@@ -163,7 +163,12 @@ def _as_tuples(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def setting_from_json(data: Sequence[Any]) -> Setting:
     """A setting read back from JSON."""
-    return (data[0], tuple((k, v) for k, v in data[1]))
+    return (data[0], tuple((k, _hashable(v)) for k, v in data[1]))
+
+
+def _hashable(value: Any) -> Any:
+    """Lists as tuples, at every depth: fields of methods are values, and JSON knows only lists."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def profile_to_json(profile: Profile) -> dict[str, Any]:
