@@ -135,10 +135,9 @@ class _Recorder:
         self._caching.pop()
         call.forward_to = self.tracker.tick
         call.nodes = (call.nodes[0], _get_sequence_nr())
-        leaves = plain_tensors(
-            getattr(out, "__dict__", out) if not isinstance(out, (tuple, list, dict)) else out
-        )
-        met = (self.tracker.see(t) for t in ([out] if isinstance(out, Tensor) else leaves))
+        inside = isinstance(out, (Tensor, tuple, list, dict))
+        leaves = plain_tensors(out if inside else getattr(out, "__dict__", out))
+        met = (self.tracker.see(tensor) for tensor in leaves)
         call.outputs = tuple(sorted({storage for storage in met if storage is not None}))
 
     def _complete(self, name: str) -> Any:

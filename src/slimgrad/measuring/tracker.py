@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -50,6 +51,14 @@ def plain_tensors(tree: Any) -> list[Tensor]:
         else:
             found.append(leaf)
     return found
+
+
+def _is_only_promised(tensor: Tensor) -> bool:
+    """Whether a tensor's values are computed when asked for (deferred logits): asking for its storage would."""
+    own = any(
+        "__torch_dispatch__" in vars(cls) for cls in type(tensor).__mro__ if cls is not Tensor
+    )
+    return own and not isinstance(tensor, FakeTensor)
 
 
 class Tracker(TorchDispatchMode):
@@ -175,6 +184,8 @@ class Tracker(TorchDispatchMode):
     def see(self, tensor: Tensor, born: int | None = None) -> int | None:
         """The index of a tensor's storage, noting its birth if it is new; None on another device."""
         if tensor.device.type != self.device.type or tensor.layout is not torch.strided:
+            return None
+        if _is_only_promised(tensor):
             return None
         storage = tensor.untyped_storage()
         key = storage._cdata

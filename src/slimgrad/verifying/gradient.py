@@ -99,11 +99,27 @@ def _is_lower(value: Any) -> bool:
     )
 
 
+def _run_backward(loss: Tensor) -> None:
+    """``loss.backward()`` past torch's function modes, so that one can stay on inside it."""
+    torch.autograd.graph._engine_run_backward(
+        (loss,),
+        (torch.ones_like(loss),),
+        False,  # the graph is not kept
+        False,
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
+
+
 class _KeepWide(TorchFunctionMode):
     """Casts to lower precision inside the user's code (a loss taken in float32) go to float64 instead."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` with every lower floating dtype replaced."""
+        if func is Tensor.backward and not any((kwargs or {}).values()):
+            with self:  # a mode is off inside itself, but backward may run the model again
+                return _run_backward(args[0])
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             return args[0].double()
         args = tuple(torch.float64 if _is_lower(a) else a for a in args)
