@@ -69,11 +69,10 @@ docs: $(VENV)/.dev ## Write the generated pages again
 	$(BIN)/python tools/docs.py
 
 bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
-	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
+	$(BIN)/python benchmarks/budgets.py
 
 gpu: ## On a machine with CUDA: its own python3, this checkout, nothing installed
 	PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu $(PYTEST_OPTIONS) || [ $$? -eq 5 ]
-	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; PYTHONPATH=src $(PYTHON) $$file; done
 
 clean: ## Remove caches and build products, keep .venv
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis .pyright

@@ -24,9 +24,10 @@ def _hostile_environment():
 @pytest.fixture(scope="session")
 def measured():
     """``measured(name)``: what ``measure`` found on a sample model, run once, and what it left changed."""
-    from slimgrad import measure
     from tests.plain_training import State, plain_step
     from tests.sample_models import SAMPLES, adamw
+
+    from slimgrad import measure
 
     found = {}
 

@@ -55,9 +55,9 @@ def micro_batched(profile: Profile, parts: int) -> tuple[Setting, ...] | None:
     if parts == 1:
         return ()
     for variant in profile.variants:
-        if len(variant) == 1 and variant[0][0] == "micro_batches":
-            if dict(variant[0][1])["num"] == parts:
-                return variant
+        alone = len(variant) == 1 and variant[0][0] == "micro_batches"
+        if alone and dict(variant[0][1])["num"] == parts:
+            return variant
     return None
 
 

@@ -1,10 +1,10 @@
 """Cutting models into blocks."""
 
 import pytest
+from tests.sample_models import SAMPLES
 from torch import nn
 
 from slimgrad.measuring.blocks import cut
-from tests.sample_models import SAMPLES
 
 
 def _run(num, inner=None):

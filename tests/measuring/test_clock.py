@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tests.sample_models import SAMPLES, adamw
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,7 +12,6 @@ from slimgrad.host import Share
 from slimgrad.measuring.clock import Rates, op_bytes, op_flops, op_key, time_operations
 from slimgrad.measuring.randomness import RandomState
 from slimgrad.measuring.trace import trace_step
-from tests.sample_models import SAMPLES, adamw
 
 aten = torch.ops.aten
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tests.plain_training import plain_step
+from tests.sample_models import SAMPLES, adamw
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
@@ -9,8 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from slimgrad import Ledger, SlimgradError
 from slimgrad.batches import named_tensors
 from slimgrad.types import Column
-from tests.plain_training import plain_step
-from tests.sample_models import SAMPLES, adamw
 
 FLOAT = 4  # bytes
 SCALARS = (

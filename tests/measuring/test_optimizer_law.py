@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from tests.plain_training import State
+from tests.sample_models import SAMPLES
 from torch import Tensor, nn
 
 from slimgrad import measure
 from slimgrad.errors import UnsupportedError
 from slimgrad.measuring.optimizer import no_optimizer, optimizer_law
 from slimgrad.optimizers import is_elementwise, is_separable
-from tests.plain_training import State
-from tests.sample_models import SAMPLES
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p),

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from tests.plain_training import plain_step
+from tests.sample_models import SAMPLES, adamw
 from torch import nn
 
 from slimgrad import Ledger, Profile, measure, plan
 from slimgrad.errors import BatchError, ModelError, PlanError
 from slimgrad.measuring.profile import fingerprint
 from slimgrad.types import Column
-from tests.plain_training import plain_step
-from tests.sample_models import SAMPLES, adamw
 
 
 @pytest.mark.parametrize("name", SAMPLES)

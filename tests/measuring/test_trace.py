@@ -6,6 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from tests.plain_training import State, plain_step
+from tests.sample_models import SAMPLES, adamw
 from torch import nn
 
 from slimgrad import measure
@@ -15,8 +17,6 @@ from slimgrad.measuring.blocks import cut
 from slimgrad.measuring.trace import trace_step
 from slimgrad.methods.gradients.micro_batches import MicroBatches
 from slimgrad.types import Column
-from tests.plain_training import State, plain_step
-from tests.sample_models import SAMPLES, adamw
 
 
 def _trace(name, *, fake, parts=1):

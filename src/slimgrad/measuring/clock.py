@@ -304,8 +304,8 @@ def time_operations(
                 except Exception:
                     continue
     rates = _rates(seconds, flops, num_bytes)
-    for index in map(int, np.flatnonzero(np.isnan(seconds))):
-        seconds[index] = _estimate(index, keys, seconds, flops, num_bytes, rates)
+    for index in np.flatnonzero(np.isnan(seconds)):
+        seconds[index] = _estimate(int(index), keys, seconds, flops, num_bytes, rates)
     return seconds, rates
 
 

@@ -93,8 +93,9 @@ class Plan:
 
 
 def _choice_from_json(data: Mapping[str, Any]) -> Choice:
-    values = {name: field_from_json(value) for name, value in data["fields"].items()}
-    return Choice(**{**data, "fields": values})
+    values: dict[str, Any] = dict(data)
+    values["fields"] = {name: field_from_json(value) for name, value in data["fields"].items()}
+    return Choice(**values)
 
 
 def plan_from_json(data: Mapping[str, Any]) -> Plan:

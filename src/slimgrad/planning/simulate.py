@@ -257,7 +257,7 @@ class Layout:
         kept = 0 if record.state_in_files else self.state_bytes
         changes.span(0, self.num_slots, kept, state)
         in_backward = record.gradients_in_files or record.update is Update.DURING
-        changes.span(0 if in_backward else self.end, self.num_slots, record.buffer_bytes, state)
+        changes.span(0, self.num_slots, record.buffer_bytes, state)  # kept from step to step
         if not (record.state_in_files or in_backward):
             changes.span(self.end, self.end + 1, self.law.step_transient_bytes, temporary)
             return changes

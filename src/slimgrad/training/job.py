@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from slimgrad.errors import LossError
-from slimgrad.training.models import load_model
+from slimgrad.training.models import load_model, unloaded_model
 from slimgrad.training.text import TokenBlocks, text_source, tokenize
 
 
@@ -58,9 +58,9 @@ def open_fake_job(spec: JobSpec) -> tuple[nn.Module, Optimizer, dict[str, Tensor
     """The job's model, optimizer and a batch on fake tensors: nothing is allocated, no weight is read."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        loaded = load_model(spec.model)
-        tokens = torch.zeros(spec.batch_size, spec.seq_len, dtype=torch.long)
-    return loaded.model, adamw(spec, loaded.model), {"input_ids": tokens, "labels": tokens}
+        model = unloaded_model(spec.model)
+    tokens = torch.zeros(spec.batch_size, spec.seq_len, dtype=torch.long)
+    return model, adamw(spec, model), {"input_ids": tokens, "labels": tokens}
 
 
 def adamw(spec: JobSpec, model: nn.Module) -> Optimizer:

@@ -31,10 +31,10 @@ def save_report(
     """Write one offline HTML file. Timelines measured in a run replace the predicted ones."""
     before = plain if plain is not None else (profile.timeline if profile is not None else None)
     after = planned if planned is not None else (plan.timeline if plan is not None else None)
-    drawn = [("plain", before, plain is None), ("slimgrad", after, planned is None)]
+    steps = [("plain", before, plain is None), ("slimgrad", after, planned is None)]
     timelines = [
-        _drawn(f"{name}, predicted" if predicted else name, timeline)
-        for name, timeline, predicted in drawn
+        drawn(f"{name}, predicted" if predicted else name, timeline)
+        for name, timeline, predicted in steps
         if timeline is not None
     ]
     report = MemoryReport(
@@ -50,7 +50,7 @@ def save_report(
     return save_html(report, path)
 
 
-def _drawn(label: str, timeline: MemoryTimeline) -> Timeline:
+def drawn(label: str, timeline: MemoryTimeline) -> Timeline:
     """The timeline thinned to what can be seen, the highest instant of each stretch kept."""
     total = timeline.total
     edges = np.linspace(0, total.size, min(_INSTANTS, total.size) + 1).astype(int)

@@ -77,6 +77,28 @@ def load_model(spec: str = "smollm2", *, dtype: torch.dtype = torch.float32) -> 
     return loaded
 
 
+def unloaded_model(spec: str) -> nn.Module:
+    """The model that ``spec`` names with weights of no particular value: only its configuration is read.
+
+    Meant to be called where nothing is allocated (fake tensors). Raises ``LoadError`` as ``load_model`` does.
+    """
+    if ":" in spec:
+        return _load_factory(spec).model.train()
+    packaged = PACKAGED.get(spec)
+    path = _packaged_path(packaged) if packaged is not None else Path(spec).expanduser()
+    if not path.exists():
+        raise _unknown(spec)
+    place: dict[str, Any] = {"local_files_only": True}
+    folder = path
+    if path.is_file():
+        validate_gguf(path)
+        folder, place["gguf_file"] = path.parent, path.name
+    with _quiet_transformers() as transformers, _as_load_error(path):
+        config = transformers.AutoConfig.from_pretrained(folder, **place)
+        wanted = (config.architectures or ["AutoModelForCausalLM"])[0]
+        return getattr(transformers, wanted)._from_config(config).train()
+
+
 def packaged_file(name: str) -> Path:
     """The file or folder of a packaged model, found without importing its package; raises ``LoadError``."""
     if name not in PACKAGED:

@@ -81,6 +81,6 @@ class Report:
     def __str__(self) -> str:
         marks = {True: "ok", False: "FAILED", None: ""}
         lines = [
-            f"{name:<42}{figure:>24}  {marks[ok]}".rstrip() for name, figure, ok in self.rows()
+            f"{name:<54}{figure:>22}  {marks[ok]}".rstrip() for name, figure, ok in self.rows()
         ]
         return "\n".join([*lines, *self.notes])

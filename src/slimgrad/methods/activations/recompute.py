@@ -64,19 +64,20 @@ class Recompute:
         """Wrap the block's ``forward`` on the instance."""
         module = block.live.model.get_submodule(block.path)
         forward = module.forward
-        changing: set[str] | None = None  # buffers that the forward pass changes, once known
+        # buffers that the forward pass changes, by the modes of the modules, once known
+        known: dict[tuple[bool, ...], set[str]] = {}
 
         @functools.wraps(forward)
         def recomputed(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            nonlocal changing
+            modes = tuple(m.training for m in module.modules())
             replay = _Replay(module)
-            with replay.first_run(changing):
+            with replay.first_run(known.get(modes)):
                 out = checkpoint(
                     forward, *args, use_reentrant=False, context_fn=replay.contexts, **kwargs
                 )
-            changing = {f"{id(owner)}.{name}" for owner, name, _ in replay.changed}
+            known[modes] = {f"{id(owner)}.{name}" for owner, name, _ in replay.changed}
             return out
 
         module.forward = recomputed  # pyright: ignore[reportAttributeAccessIssue]
@@ -94,7 +95,10 @@ class _Replay:
 
     @contextmanager
     def first_run(self, changing: set[str] | None) -> Generator[None]:
-        """Note the buffers that the forward pass changes (all are watched until that is known)."""
+        """Note the buffers that the forward pass changes (all are watched until that is known).
+
+        Values are compared once: batch norm's kernel writes its statistics without raising their version.
+        """
         before = [
             (owner, name, buffer, buffer._version, buffer.detach().clone())
             for owner in self.module.modules()
@@ -103,7 +107,8 @@ class _Replay:
         ]
         yield
         for owner, name, buffer, version, value in before:
-            if owner._buffers.get(name) is not buffer or buffer._version != version:
+            written = owner._buffers.get(name) is not buffer or buffer._version != version
+            if changing is not None or written or not torch.equal(buffer, value):
                 self.changed.append((owner, name, value))
 
     def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
