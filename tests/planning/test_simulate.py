@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.hand_made_plans import Refused, block_paths, hand_made, micro_batched
+from tests.sample_models import SAMPLES, adamw
 
 from slimgrad import apply
 from slimgrad.types import Column
-from tests.hand_made_plans import Refused, block_paths, hand_made, micro_batched
-from tests.sample_models import SAMPLES, adamw
 
 WITH_BLOCKS = [n for n in SAMPLES if n != "lstm"]
 DRAWN = settings(
@@ -103,7 +103,9 @@ def test_depth_costs_inputs_only():
     from slimgrad import measure
 
     def activations(depth):
-        blocks = [nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 16)) for _ in range(depth)]
+        blocks = [
+            nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 16)) for _ in range(depth)
+        ]
         model, x = nn.Sequential(*blocks), torch.randn(8, 16)
         profile = measure(model, None, lambda m, b: m(b).square().mean(), x, limit_s=0.0)
         plan = hand_made(profile, block_paths(profile))

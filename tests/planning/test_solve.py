@@ -128,7 +128,10 @@ def added_seconds(programme, solution):
 
 @DRAWN
 @given(
-    blocks=BLOCKS, half=st.booleans(), share=st.floats(0.0, 1.1), stretches=st.sampled_from([1, 3, 48])
+    blocks=BLOCKS,
+    half=st.booleans(),
+    share=st.floats(0.0, 1.1),
+    stretches=st.sampled_from([1, 3, 48]),
 )
 def test_least_seconds_equals_exhaustive_search(blocks, half, share, stretches):
     programme = programme_of(blocks[:4] if half else blocks, half=half, stretches=stretches)
