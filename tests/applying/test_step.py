@@ -103,9 +103,10 @@ def test_a_bitwise_plan_trains_to_the_same_bits(name, budget, profiles):
         try:
             return slimgrad.plan(profile, budget, exactness="bitwise")
         except BudgetError as error:
-            limit = int(float(budget[:-1]) / 100 * profile.peak_bytes)
-            assert limit < error.smallest_bytes < profile.peak_bytes  # noqa: PT017
-            return slimgrad.plan(profile, error.smallest_bytes, exactness="bitwise")
+            smallest = error.smallest_bytes
+        limit = int(float(budget[:-1]) / 100 * profile.peak_bytes)
+        assert limit < smallest < profile.peak_bytes
+        return slimgrad.plan(profile, smallest, exactness="bitwise")
 
     plan = assert_trains_alike(name, planned)
     assert plan.choices
@@ -300,3 +301,17 @@ def test_python_and_numpy_random_states_are_replayed():
         step(batch)
         states.append((model.state_dict(), float(np.random.rand())))
     same(states[1], states[0])
+
+
+def test_batch_norm_counts_once_after_a_first_call_in_evaluation_mode():
+    buffers = []
+    for plans in (False, True):
+        model, optimizer, loss_fn, batch = made("conv_batchnorm")
+        choices = recomputed(model) if plans else ()
+        slimgrad.apply(hand_plan(model, optimizer, *choices), model, optimizer, loss_fn)
+        model.eval()
+        plain_steps(model, optimizer, loss_fn, batch, num=1)
+        model.train()
+        plain_steps(model, optimizer, loss_fn, batch, num=2)
+        buffers.append(dict(model.named_buffers()))
+    same(buffers[1], buffers[0])

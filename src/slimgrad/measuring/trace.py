@@ -13,6 +13,7 @@ from torch._C._autograd import _get_sequence_nr
 
 from slimgrad.errors import LossError
 from slimgrad.host import LossFn, Share
+from slimgrad.measuring.buffers import Buffers
 from slimgrad.measuring.clock import OpKey, op_key
 from slimgrad.measuring.fake import faked
 from slimgrad.measuring.ledger import MemoryTimeline, timeline_of
@@ -217,12 +218,7 @@ class untouched:  # noqa: N801
         self.model = model
 
     def __enter__(self) -> None:
-        self.buffers = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in self.model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self.buffers = Buffers.of(self.model)
         self.gradients = [(p, p.grad) for p in self.model.parameters()]
         for parameter, _ in self.gradients:
             parameter.grad = None
@@ -230,11 +226,7 @@ class untouched:  # noqa: N801
 
     def __exit__(self, *exc: Any) -> None:
         self.random.restore()
-        with torch.no_grad():
-            for table, name, buffer, value in self.buffers:
-                table[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        self.buffers.restore()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
 

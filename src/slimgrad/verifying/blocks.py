@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from slimgrad.applying.step import Step
+from slimgrad.measuring.buffers import Buffers
 from slimgrad.measuring.randomness import RandomState
 from slimgrad.measuring.tracker import plain_tensors
 from slimgrad.verifying.gradient import captured_gradients, same_bits, without_dropout
@@ -58,7 +59,7 @@ def _compare_each(step: Step, batch: Any, paths: list[str]) -> list[str]:
         module = model.get_submodule(path)
         handles.append(module.register_forward_pre_hook(check(path), with_kwargs=True))
     random = RandomState.now()
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = Buffers.of(model)
     try:
         with torch.no_grad():
             for share in step.host.split(batch):
@@ -67,9 +68,7 @@ def _compare_each(step: Step, batch: Any, paths: list[str]) -> list[str]:
         for handle in handles:
             handle.remove()
         random.restore()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        buffers.restore()
     return differing
 
 
@@ -77,7 +76,7 @@ def _same_block(module: nn.Module, args: Any, kwargs: Any) -> bool:
     planned = module.__dict__.get("forward")
     if planned is None:
         return True
-    buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
+    buffers = Buffers.of(module)
     random = RandomState.now()
     with_plan = _run_block(module, planned, args, kwargs, random, buffers)
     plain = type(module).forward.__get__(module)
@@ -92,7 +91,7 @@ def _run_block(
     args: Any,
     kwargs: Any,
     random: RandomState,
-    buffers: dict[str, Tensor],
+    buffers: Buffers,
 ) -> dict[str, Tensor]:
     """Outputs, gradients and buffers of one block, by name, for a fixed cotangent."""
     random.restore()
@@ -116,9 +115,7 @@ def _run_block(
             result[f"grad{i}"] = gradient.detach()
     result |= {f"out{i}": t.detach() for i, t in enumerate(outs)}
     result |= {f"buffer.{n}": b.detach().clone() for n, b in module.named_buffers()}
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
+    buffers.restore()
     for name, parameter in module.named_parameters():
         parameter.grad = kept[name]
     return result
@@ -138,10 +135,11 @@ def _along_gradient(step: Step, batch: Any) -> tuple[float, float]:
     total = sum(norms.values())
     weights = dict(host.model.named_parameters())
     epsilon = _LOSS_CHANGE * max(abs(loss), 1e-6) / max(total, 1e-30)
-    random = RandomState.now()
+    random, buffers = RandomState.now(), Buffers.of(host.model)
 
     def loss_at(scale: float) -> float:
         random.restore()
+        buffers.restore()
         with torch.no_grad(), without_dropout(host.model):
             for name, gradient in gradients.items():
                 weights[name].add_(gradient, alpha=scale)

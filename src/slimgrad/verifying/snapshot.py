@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimgrad.measuring.buffers import Buffers
 from slimgrad.measuring.randomness import RandomState
 
 
@@ -24,7 +25,8 @@ class Snapshot:
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.model, self.optimizer = model, optimizer
         self.random = RandomState.now()
-        self.values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+        self.values = [(p, p.detach().clone()) for p in model.parameters()]
+        self.buffers = Buffers.of(model)
         self.gradients = [(p, p.grad) for p in model.parameters()]
         self.modes = [(m, m.training) for m in model.modules()]
         self.state: list[tuple[Tensor, dict[str, Any]]] = []
@@ -43,6 +45,7 @@ class Snapshot:
         with torch.no_grad():
             for tensor, value in self.values:
                 tensor.copy_(value)
+        self.buffers.restore()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
         for module, mode in self.modes:
@@ -57,11 +60,11 @@ class Snapshot:
 
     def moved(self) -> dict[int, Tensor]:
         """How far each parameter is from where it was, by ``id``."""
-        return {id(t): t.detach() - v for t, v in self.values if isinstance(t, nn.Parameter)}
+        return {id(t): t.detach() - v for t, v in self.values}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copies."""
-        held = [v for _, v in self.values]
+        held = [v for _, v in self.values] + [v for _, _, _, v in self.buffers.places]
         held += [v for _, s in self.state for v in s.values() if isinstance(v, Tensor)]
         return sum(t.numel() * t.element_size() for t in held)
