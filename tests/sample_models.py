@@ -80,7 +80,8 @@ def conv_batchnorm() -> Made:
         layers.append(
             nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU())
         )
-    model = nn.Sequential(*layers, nn.Sequential(nn.Flatten(), nn.Linear(16 * 64, 10)))
+    head = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(64, 10))
+    model = nn.Sequential(*layers, head)
     return model, cross_entropy, _labelled(torch.randn(8, 3, 8, 8))
 
 
@@ -174,7 +175,8 @@ def tied() -> Made:
 @_sample
 def frozen_layer() -> Made:
     """Two of five blocks frozen, the first among them: its output needs no gradient."""
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(40, 40), nn.Tanh()) for _ in range(5)))
+    blocks = (nn.Sequential(nn.Linear(40, 80), nn.Tanh(), nn.Linear(80, 40)) for _ in range(5))
+    model = nn.Sequential(*blocks)
     for index in (0, 2):
         model[index].requires_grad_(False)
     return model, cross_entropy, _labelled(torch.randn(4, 12, 40), 40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import re
 from dataclasses import dataclass
 from typing import NewType, TypeAlias
@@ -106,7 +107,8 @@ class Budget:
             return Budget(value.strip(), share=number / 100)
         if unit and unit not in _UNITS:
             raise BudgetFormatError(value)
-        num_bytes = int(number * _UNITS[unit or "b"])
+        size = number * _UNITS[unit or "b"]
+        num_bytes = int(size) if math.isfinite(size) else 0
         if num_bytes <= 0:
             raise BudgetFormatError(value)
         return Budget(value.strip(), bytes=num_bytes)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from slimgrad import catalogue
 from slimgrad.errors import BudgetError, PlanError
 from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.profile import Profile, field_from_json, versions
@@ -63,8 +64,6 @@ class Plan:
     @property
     def loosest(self) -> Exactness:
         """The loosest rung among the methods chosen."""
-        from slimgrad import catalogue
-
         rungs = [catalogue.get(c.method).exactness for c in self.choices]
         return max(rungs, key=lambda e: e.rung, default=Exactness.BITWISE)
 
@@ -198,12 +197,15 @@ def _does_not_fit(
     profile: Profile, allowed: Allowed, leanest: Solution, limit: int, asked: Budget
 ) -> BudgetError:
     by_rung: dict[str, int] = {}
+    known, lowest = _permitted(allowed), leanest.peak_bytes
     for rung in Exactness:
         if rung.rung > allowed.exactness.rung and rung is not Exactness.DIFFERENT:
-            looser = Allowed(rung, allowed.allow, allowed.error, allowed.clip_grad_norm)
-            solution = _Workbench(profile, looser).leanest(schemes(profile, looser))
-            if solution.peak_bytes < leanest.peak_bytes:
-                by_rung[rung.value] = solution.peak_bytes
+            looser = replace(allowed, exactness=rung)
+            if _permitted(looser) != known:
+                known = _permitted(looser)
+                lowest = _Workbench(profile, looser).leanest(schemes(profile, looser)).peak_bytes
+            if lowest < leanest.peak_bytes:
+                by_rung[rung.value] = lowest
     rungs = "".join(f"; with exactness={r!r} {format_bytes(b)}" for r, b in by_rung.items())
     return BudgetError(
         f"no plan fits the budget {asked.text} ({format_bytes(limit)}): with exactness="
@@ -213,6 +215,10 @@ def _does_not_fit(
         smallest_bytes=leanest.peak_bytes,
         by_rung=by_rung,
     )
+
+
+def _permitted(allowed: Allowed) -> set[str]:
+    return {name for name, cls in catalogue.methods().items() if allowed.permits(cls)}
 
 
 def _plan_of(profile: Profile, allowed: Allowed, asked: Budget, limit: int, best: Solution) -> Plan:

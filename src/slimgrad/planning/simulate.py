@@ -94,6 +94,11 @@ class Layout:
             name: int(self.at[tick]) + 1 + order[name]
             for name, (_, tick) in trace.gradients.items()
         }
+        # a gradient that was added to one of an earlier part is gone before the update, the trace says: after it
+        self.added_to = {
+            name: (trace.death == tick + 1) & (trace.nbytes == trace.nbytes[storage])
+            for name, (storage, tick) in trace.gradients.items()
+        }
         self.end = int(self.at[num]) + int(after[num]) + 1
         self.finish_slot = {p.name: self.end + 1 + i for i, p in enumerate(self.law.parameters)}
         self.num_slots = self.end + 2 + len(self.law.parameters)
@@ -159,6 +164,7 @@ class Layout:
                 )
                 changes.span(free, here, -nbytes * (1 - share), column)
             if record.restore is Restore.REPLAY:
+                self._replayed_outputs(changes, index)
                 self._replayed_temporaries(changes, index, saved)
             elif record.restore is Restore.COPY:
                 self._pending_writes(changes, index, saved, 1 - share)
@@ -184,6 +190,18 @@ class Layout:
             return self.window[index]
         later = [w for w in self.window.values() if w < self.window[index]]
         return max(later, default=self.window[index])  # one block ahead
+
+    def _replayed_outputs(self, changes: Changes, index: int) -> None:
+        """Outputs that only the block's own backward still needs are gone until they are made again."""
+        trace, call, start = self.trace, self.trace.calls[index], self.window[index]
+        first, last = self.backward_tick[index], self.backward_last[index]
+        for storage in call.outputs:
+            takers = [i for i, c in enumerate(trace.calls) if storage in c.inputs]
+            free = all(self.backward_last.get(i, 0) < first for i in takers)
+            if free and first < trace.death[storage] <= last + 1:
+                again = start + int(trace.birth[storage]) - call.forward_from
+                nbytes, column = int(trace.nbytes[storage]), int(trace.column[storage])
+                changes.span(start, again, -nbytes, column)
 
     def _replayed_temporaries(self, changes: Changes, index: int, saved: tuple[int, ...]) -> None:
         trace, call = self.trace, self.trace.calls[index]
@@ -257,6 +275,9 @@ class Layout:
             )
             if record.update is Update.DURING:
                 gone = during + 1
+                if self.added_to[parameter.name].any():
+                    tick = self.trace.gradients[parameter.name][1]
+                    changes.span(during, int(self.drop[tick + 1]), -nbytes, temporary)
             else:
                 gone = self._written_slot(during) if record.gradients_in_files else last + 1
             changes.span(gone, self.num_slots, -nbytes, gradient)

@@ -87,7 +87,7 @@ class Programme:
         for _ in range(_ROUNDS):
             chosen = solver(sorted(slots)) if num else np.zeros(0)
             if chosen is None:
-                return best
+                return None if budget_bytes is not None else best
             live, changes = self.replay(chosen)
             peak = int(live.max())
             if best is None or peak < best.peak_bytes or budget_bytes is not None:
