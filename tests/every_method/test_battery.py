@@ -41,15 +41,6 @@ PAIRS = [
     pytest.param(m, s, id=f"{m}-{s}") for m in catalogue.methods() for s in SAMPLES if s not in SLOW
 ]
 EXACT_TOLERANCE = 1e-10
-KNOWN_SHORT = {
-    "offload_activations-conv_batchnorm": "predicted 4 % short, at a peak in backward; cause not found"
-}
-SHORT = [
-    pytest.param(*p.values, id=p.id, marks=pytest.mark.xfail(strict=True, reason=KNOWN_SHORT[p.id]))
-    if p.id in KNOWN_SHORT
-    else p
-    for p in PAIRS
-]
 Values = tuple[list[float], dict[str, Tensor], dict[str, Tensor]]
 
 
@@ -196,7 +187,7 @@ def test_undo_leaves_nothing(name: str, sample: str) -> None:
     assert same_bits(plain_gradients(model, loss_fn, batch), theirs)
 
 
-@pytest.mark.parametrize(("name", "sample"), SHORT)
+@pytest.mark.parametrize(("name", "sample"), PAIRS)
 def test_predicted_peak_is_the_measured_one(name: str, sample: str) -> None:
     model, loss_fn, batch = SAMPLES[sample].make()
     profile = profile_of(sample)

@@ -62,6 +62,9 @@ class Scheme:
     ]  # with their notes, in the order in which they are attached
     record: ModelRecord
     trace: Trace
+    plain_s: float = (
+        0.0  # the passes as they are: time that a rewritten step seems to save is not counted on
+    )
 
     @property
     def repeats(self) -> float:
@@ -71,11 +74,8 @@ class Scheme:
     @property
     def seconds(self) -> float:
         """One step with every block kept as it is."""
-        return (
-            float(self.trace.op_seconds.sum()) * self.repeats
-            + self.record.update_s
-            + self.record.extra_s
-        )
+        passes = float(self.trace.op_seconds.sum()) * self.repeats
+        return max(passes, self.plain_s) + self.record.update_s + self.record.extra_s
 
 
 def check_allowed(names: Sequence[str]) -> None:
@@ -87,6 +87,7 @@ def check_allowed(names: Sequence[str]) -> None:
 def schemes(profile: Profile, allowed: Allowed) -> list[Scheme]:
     """Every scheme that the allowed methods offer, fastest first."""
     found: list[Scheme] = []
+    plain_s = float(profile.variants[()].op_seconds.sum())
     for variant, trace in profile.variants.items():
         rewriting = [catalogue.get(name, **dict(fields)) for name, fields in variant]
         if not all(allowed.permits(m) for m in rewriting):
@@ -99,8 +100,8 @@ def schemes(profile: Profile, allowed: Allowed) -> list[Scheme]:
         for subset in _subsets(_model_methods(allowed)):
             composed = _compose(subset, first[0])
             if composed is not None:
-                found.append(Scheme(variant, first[1] + composed[1], composed[0], trace))
-    return sorted(found, key=lambda s: s.seconds)
+                found.append(Scheme(variant, first[1] + composed[1], composed[0], trace, plain_s))
+    return sorted(found, key=lambda s: (s.seconds, len(s.methods), float(s.trace.op_seconds.sum())))
 
 
 def _model_methods(allowed: Allowed) -> list[Method]:

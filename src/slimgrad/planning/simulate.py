@@ -9,7 +9,7 @@ border tensor alive: that is taken once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -142,8 +142,14 @@ class Layout:
 
     # -- choices -----------------------------------------------------------------------------------
 
-    def block_changes(self, path: str, record: Record) -> Changes:
-        """What changes when block ``path`` behaves as ``record`` says, held inputs apart."""
+    def block_changes(
+        self, path: str, record: Record, offloaded: Collection[int] | None = None
+    ) -> Changes:
+        """What changes when block ``path`` behaves as ``record`` says, held inputs apart.
+
+        ``offloaded`` are the calls of all blocks that are copied back, each while the one after it is in backward
+        (None: as if every call were).
+        """
         changes = Changes()
         if record.restore is Restore.NONE and record.held_bytes >= record.saved_bytes:
             return changes
@@ -153,7 +159,7 @@ class Layout:
                 continue
             call = self.trace.calls[index]
             gone = int(self.drop[call.forward_to + 1])
-            back = self._restored_at(index, record.restore)
+            back = self._restored_at(index, record.restore, offloaded)
             for storage in saved:
                 nbytes, column = int(self.trace.nbytes[storage]), int(self.trace.column[storage])
                 free = max(gone, int(self.drop[self.trace.cached.get(storage, 0)]))
@@ -185,11 +191,12 @@ class Layout:
         stop = self.drop[min(ends, default=self.trace.backward_from) + 1]
         changes.span(start, int(stop), pending, _POSITION[Column.ACTIVATIONS])
 
-    def _restored_at(self, index: int, restore: Restore) -> int:
+    def _restored_at(self, index: int, restore: Restore, offloaded: Collection[int] | None) -> int:
+        here = self.window[index]
         if restore is not Restore.COPY:
-            return self.window[index]
-        later = [w for w in self.window.values() if w < self.window[index]]
-        return max(later, default=self.window[index])  # one block ahead
+            return here
+        others = self.window if offloaded is None else offloaded
+        return max((w for i in others if (w := self.window[i]) < here), default=here)
 
     def _replayed_outputs(self, changes: Changes, index: int) -> None:
         """Outputs that only the block's own backward still needs are gone until they are made again."""

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from slimgrad.method import Restore
 from slimgrad.planning.offers import Option, Scheme
 from slimgrad.planning.simulate import Changes, Layout
 
 _STRETCHES = 48
 _ROUNDS = 25
+_TIGHTENINGS = 8
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,16 @@ class Programme:
         """Live bytes at every slot under the chosen options, border tensors counted once; and the changes."""
         changes, held = Changes(), dict[int, int]()
         changes.extend(self.fixed_changes)
-        for index in np.flatnonzero(chosen):
-            option = self.options[index]
-            changes.extend(self.layout.block_changes(option.path, option.record))
+        picked = [self.options[index] for index in np.flatnonzero(chosen)]
+        offloaded = [
+            call
+            for option in picked
+            if option.record.restore is Restore.COPY
+            for call in self.layout.blocks[option.path].calls
+            if call in self.layout.window
+        ]
+        for option in picked:
+            changes.extend(self.layout.block_changes(option.path, option.record, offloaded))
             if option.record.holds_inputs:
                 for storage, stop in self.layout.held_inputs(option.path).items():
                     held[storage] = max(held.get(storage, 0), stop)
@@ -69,8 +78,17 @@ class Programme:
         return self.layout.base_live + self.layout.live(changes), changes
 
     def least_seconds(self, budget_bytes: int) -> Solution | None:
-        """The fastest choice whose replayed peak fits; None if there is none."""
-        return self._solve(lambda slots: self._fit(slots, budget_bytes), budget_bytes)
+        """The fastest choice whose replayed peak fits; None if there is none.
+
+        Where the replay finds more than the programme did, the programme is given that much less room.
+        """
+        room = budget_bytes
+        for _ in range(_TIGHTENINGS):
+            found = self._solve(lambda slots, room=room: self._fit(slots, room), room)
+            if found is None or found.peak_bytes <= budget_bytes:
+                return found
+            room -= found.peak_bytes - budget_bytes
+        return None
 
     def least_peak(self) -> Solution:
         """The choice with the lowest peak; among those, a fast one."""
@@ -103,8 +121,6 @@ class Programme:
             if not added:
                 break
             slots |= added
-        if budget_bytes is not None:
-            return None
         return best
 
     def _linear_peak(self, chosen: np.ndarray, slots: list[int]) -> float:

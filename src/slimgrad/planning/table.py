@@ -24,6 +24,11 @@ def plan_table(plan: Plan) -> str:
     if not plan.choices:
         table.add_row("(none)", "plain training fits", "", "", "")
     lines: list[object] = [table, "", _predicted(plan)]
+    if plan.tightened_bytes:
+        lines.append(
+            f"planned {format_bytes(plan.tightened_bytes)} below the budget: the first plan's measured peak was "
+            "that much above its predicted one"
+        )
     if plan.needs_step:
         lines.append(f"needs step(batch): {', '.join(plan.needs_step)}")
     lines += [f"not used: {name}: {reason}" for name, reason in plan.refusals.items()]

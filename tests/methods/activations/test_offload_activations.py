@@ -302,7 +302,7 @@ def test_slots_are_used_again():
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2])
 def test_the_block_before_is_read_ahead(prefetch, monkeypatch):
-    host = host_of(Chain(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh()), 3))
+    host = host_of(Chain(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)), 3))
     store, reads = None, []
     attach(host, prefetch=prefetch)
     store = store_of(host)
@@ -361,9 +361,27 @@ class Modified(nn.Module):
 
     def forward(self, x):
         h = x * 2
-        y = (h * self.weight).sum() + (x * x).sum()  # saves h, the weight and the input
+        y = (h * self.weight).sum()  # saves h and the weight
+        y = (
+            y + torch.tanh(x * self.weight * 0).sum()
+        )  # saves the input, and a tensor after which h is written
         with torch.no_grad():
             {"saved": h, "input": x, "weight": self.weight}[self.what].add_(1)
+        return y
+
+
+class ModifiedLast(nn.Module):
+    """Nothing is saved after ``h``, so it is not written when it is modified."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        h = x * 2
+        y = (h * self.weight).sum()
+        with torch.no_grad():
+            h.add_(1)
         return y
 
 
@@ -422,6 +440,21 @@ def test_a_change_after_the_write_does_no_harm_and_one_during_it_is_told(monkeyp
     begun.set()
     with pytest.raises(StorageError, match="in-place"):
         loss.backward()
+
+
+def test_a_change_before_the_write_is_told_as_autograd_tells_it():
+    host = host_of(Chain(ModifiedLast, 1))
+    attach(host, ["blocks.0"])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        host.model.blocks[0](torch.ones(64)).backward()
+
+
+def test_what_a_block_returns_stays(monkeypatch):
+    host = host_of(Chain(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh()), 3))
+    attach(host)
+    sizes = written_bytes(monkeypatch)
+    gradients(host, torch.randn(5, 8))
+    assert sizes == []  # tanh saves its output alone, which is the next block's input
 
 
 def test_a_shortened_file_is_told():

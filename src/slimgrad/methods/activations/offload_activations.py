@@ -6,9 +6,9 @@ Memory: activations: the block's inputs, and during its backward what it saved (
     it saved). Until they are written, at most 16 MiB or one tensor more. Time: each saved byte is written once and
     read once a step, less what overlaps.
 Exactness: bitwise: the same bytes come back, with their shape and strides.
-Limits: parameters, buffers, the block's own inputs and storages below min_bytes stay where they are. A saved tensor that
-    is modified in place afterwards raises an error where its write was still under way, and otherwise backward gets the
-    value that was saved (plain autograd raises). Sparse, quantized and nested tensors and tensor subclasses stay in
+Limits: parameters, buffers, the block's own inputs and outputs and storages below min_bytes stay where they are. A
+    saved tensor that is modified in place afterwards raises an error where it was not written yet, and otherwise
+    backward gets the value that was saved (plain autograd raises). Sparse, quantized and nested tensors and tensor subclasses stay in
     memory. Tensors kept as attributes by an autograd.Function are not seen.
 References: Rhu et al., vDNN (arXiv 1602.08124), section III: feature maps are offloaded during the forward pass and
     prefetched one layer ahead during the backward pass. *departs:* what is offloaded are the tensors that autograd
@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,12 +33,12 @@ from torch.utils._pytree import tree_leaves
 from slimgrad.errors import MethodError
 from slimgrad.host import Host
 from slimgrad.method import Block, Offer, Paper, Refusal, Restore, Scope, Undo
-from slimgrad.storage import Store, Transfer, store_of
+from slimgrad.storage import Slot, Store, Transfer, store_of
 from slimgrad.types import Column, Exactness, format_bytes
 
 
 class _Saved:
-    """One storage in the store, as long as anything in the graph needs it."""
+    """One storage that a block saved, kept or in the store, as long as anything in the graph needs it."""
 
     def __init__(self, store: Store, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -46,24 +46,47 @@ class _Saved:
         self.version = tensor._version
         self.source = StorageWeakRef(storage)  # while it is held, no other storage has its identity
         self._store = store
-        self._slot = store.allocate(self.num_bytes)
         whole = (self.num_bytes // tensor.element_size(),)
-        # a view, not a copy: it shares the version counter by which a modification during the write is found
-        self._write = store.start_write(self._slot, tensor.detach().as_strided(whole, (1,), 0))
+        # a view, not a copy: it shares the version counter by which a modification is found
+        self._kept: Tensor | None = tensor.detach().as_strided(whole, (1,), 0)
+        self._slot: Slot | None = None
+        self._write: Transfer | None = None
         self._read: tuple[Tensor, Transfer] | None = None
         self._restored: StorageWeakRef | None = None
+        self._held: torch.UntypedStorage | None = None
+        self.num_asks = 0  # tensors that autograd keeps of it and has not asked for yet
+
+    def write(self) -> None:
+        """Start writing; the storage is let go when it is written."""
+        if self._kept is not None and self._kept._version == self.version:
+            self._slot = self._store.allocate(self.num_bytes)
+            self._write = self._store.start_write(self._slot, self._kept)
+            self._kept = None
+
+    def keep(self, tensor: Tensor) -> None:
+        """Hold on to the storage, which ``tensor`` shows, after all: the block returned it."""
+        if self._kept is None and tensor._version == self.version:
+            self._kept = tensor.detach()
 
     def read_ahead(self) -> None:
         """Start reading, unless the bytes are in memory already."""
-        if self._read is None and self._live() is None:
+        if self._slot is not None and self._read is None and self._live() is None:
             target = torch.empty(self.num_bytes, dtype=torch.uint8, device=self._store.device)
             self._read = target, self._store.start_read(self._slot, target)
 
     def restore(self) -> torch.UntypedStorage:
-        """The bytes in memory; views of one storage share them while any of them is alive."""
+        """The bytes in memory, held until all that autograd keeps of them has been asked for."""
+        self.num_asks -= 1
+        storage = self._restore()
+        self._held = storage if self.num_asks > 0 else None
+        return storage
+
+    def _restore(self) -> torch.UntypedStorage:
         live = self._live()
         if live is not None:
             return live
+        if self._write is None:
+            raise RuntimeError(_MODIFIED.format(f"{self.num_bytes} bytes"))
         self._write.wait()
         self.read_ahead()
         assert self._read is not None
@@ -74,14 +97,15 @@ class _Saved:
         return storage
 
     def _live(self) -> torch.UntypedStorage | None:
+        if self._kept is not None:
+            return self._kept.untyped_storage() if self._kept._version == self.version else None
         if self._restored is None:
             return None
         return torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
 
     def __del__(self) -> None:
-        slot = getattr(self, "_slot", None)
-        if slot is not None:
-            self._store.free(slot)
+        if getattr(self, "_slot", None) is not None:
+            self._store.free(self._slot)
 
 
 class _Call:
@@ -90,7 +114,27 @@ class _Call:
     def __init__(self, before: weakref.ref[_Call] | None) -> None:
         self.before = before
         self.saved: list[weakref.ref[_Saved]] = []
+        self._newest: _Saved | None = None
         self._has_begun = False
+
+    def add(self, saved: _Saved) -> None:
+        """One more storage saved. It is written when the next one comes: the last is often what is returned."""
+        if saved is self._newest:
+            return
+        self.saved.append(weakref.ref(saved))
+        if self._newest is not None:
+            self._newest.write()
+        self._newest = saved
+
+    def end(self, outputs: Mapping[int, Tensor]) -> None:
+        """The forward pass is over: what it returned (by identity of storage) stays, the rest is written."""
+        for reference in self.saved:
+            if (saved := reference()) is not None:
+                if (output := outputs.get(saved.source.cdata)) is not None:
+                    saved.keep(output)
+                else:
+                    saved.write()
+        self._newest = None
 
     def begin_backward(self, prefetch: int) -> None:
         """When the first tensor of this call is asked for: read its others, and those of the calls before it."""
@@ -143,13 +187,17 @@ class _Tape:
             self.weights = frozenset(map(_address, tensors))
         return _Call(before)
 
-    def end(self, call: _Call) -> None:
+    def end(self, call: _Call, result: Any) -> None:
         """The call's forward pass is over; one that saved nothing leaves no trace."""
+        returned = [
+            leaf for leaf in _leaves(result) if isinstance(leaf, Tensor) and _is_plain(leaf)
+        ]
+        call.end({leaf.untyped_storage()._cdata: leaf for leaf in returned})
         if call.saved:
             self._last = weakref.ref(call)
 
     def saved(self, tensor: Tensor) -> _Saved:
-        """The storage of ``tensor`` as it is now, written to the store unless it was already."""
+        """The storage of ``tensor`` as it is now, known already or new."""
         identity = tensor.untyped_storage()._cdata
         known = self._saved.get(identity)
         if known is None or known.version != tensor._version:
@@ -169,6 +217,11 @@ def _tape_of(host: Host) -> _Tape:
     return tape
 
 
+def _leaves(tree: Any) -> list[Any]:
+    known = isinstance(tree, (Tensor, tuple, list, dict))
+    return tree_leaves(tree if known else getattr(tree, "__dict__", None))
+
+
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
 
@@ -183,14 +236,14 @@ def _is_plain(tensor: Tensor) -> bool:
 
 _MODIFIED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of "
-    "shape {} that the block saved for backward; do not modify it between forward and backward"
+    "{} that the block saved for backward; do not modify it between forward and backward"
 )
 
 
 def _unpack(prefetch: int, packed: _Packed | _Kept) -> Tensor:
     if isinstance(packed, _Kept):
         if packed.tensor._version != packed.version:
-            raise RuntimeError(_MODIFIED.format(list(packed.tensor.shape)))
+            raise RuntimeError(_MODIFIED.format(f"shape {list(packed.tensor.shape)}"))
         return packed.tensor
     packed.call.begin_backward(prefetch)
     storage = packed.saved.restore()
@@ -280,7 +333,7 @@ class OffloadActivations:
         pack = functools.partial(self._pack, tape, call, inputs)
         with saved_tensors_hooks(pack, functools.partial(_unpack, self.prefetch)):
             result = run(*args, **kwargs)
-        tape.end(call)
+        tape.end(call, result)
         return result
 
     def _pack(self, tape: _Tape, call: _Call, inputs: set[int], tensor: Tensor) -> _Packed | _Kept:
@@ -297,6 +350,7 @@ class OffloadActivations:
         if stays:
             return _Kept(tensor, tensor._version)
         saved = tape.saved(tensor)
-        call.saved.append(weakref.ref(saved))
+        saved.num_asks += 1
+        call.add(saved)
         stride, offset = tuple(tensor.stride()), tensor.storage_offset()
         return _Packed(saved, call, tensor.dtype, tensor.shape, stride, int(offset))
