@@ -104,8 +104,9 @@ class _Saved:
         return torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
 
     def __del__(self) -> None:
-        if getattr(self, "_slot", None) is not None:
-            self._store.free(self._slot)
+        slot = getattr(self, "_slot", None)
+        if slot is not None:
+            self._store.free(slot)
 
 
 class _Call:
