@@ -14,7 +14,8 @@ saved: it maps a measured record to a new one, and the next method is asked abou
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -53,6 +54,43 @@ class Restore(enum.StrEnum):
     NONE = "none"  # it never left
     REPLAY = "replay"  # the forward pass of the block is run again
     COPY = "copy"  # it is copied back from the host's memory or from files
+    OPERATIONS = "operations"  # the operations that make it are run again, when it is asked for
+
+
+@dataclass(frozen=True)
+class OperationGraph:
+    """The operations of a block's forward pass and the storages that it makes, by their number.
+
+    ``num_bytes`` and ``is_saved`` (does backward ask for it?) have one entry a storage; ``operations`` are
+    (seconds, storages read, storages written), what comes from outside the block left out.
+    """
+
+    num_bytes: tuple[int, ...]
+    is_saved: tuple[bool, ...]
+    operations: tuple[tuple[float, tuple[int, ...], tuple[int, ...]], ...]
+
+    def recipe(self, wanted: Iterable[int], kept: Container[int]) -> list[int]:
+        """The operations that make the storages ``wanted`` from those in ``kept``, in their order."""
+        found, open_storages, met = set[int](), list(wanted), set[int]()
+        while open_storages:
+            storage = open_storages.pop()
+            if storage in met or storage in kept:
+                continue
+            met.add(storage)
+            for index in self.writers[storage]:
+                if index not in found:
+                    found.add(index)
+                    open_storages += self.operations[index][1]
+        return sorted(found)
+
+    @functools.cached_property
+    def writers(self) -> tuple[tuple[int, ...], ...]:
+        """For each storage, the operations that write it."""
+        by_storage: list[list[int]] = [[] for _ in self.num_bytes]
+        for index, (_, _, writes) in enumerate(self.operations):
+            for storage in dict.fromkeys(writes):
+                by_storage[storage].append(index)
+        return tuple(map(tuple, by_storage))
 
 
 @dataclass(frozen=True)
@@ -75,6 +113,10 @@ class Record:
     store_s: float = 0.0
     holds_inputs: bool = False
     saved_sizes: tuple[int, ...] = ()  # bytes of each saved tensor's storage
+    graph: OperationGraph | None = None  # None: its calls differ from one another
+    kept: tuple[
+        int, ...
+    ] = ()  # storages that stay, by their number, where operations are run again
     has_batch_statistics: bool = False
     read_bytes_s: float = 1e9
     write_bytes_s: float = 1e9
@@ -216,6 +258,16 @@ class Method(Protocol):
 
     def attach(self, block: Block) -> Undo:
         """Change the live ``block``; the returned Undo puts everything back."""
+        ...
+
+
+@runtime_checkable
+class Graded(Protocol):
+    """A method of scope ``block`` with more than one setting worth offering for a block."""
+
+    @classmethod
+    def grades(cls, block: Block) -> Sequence[Method]:
+        """The settings to offer for ``block``, from its record alone."""
         ...
 
 

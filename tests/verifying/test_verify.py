@@ -15,6 +15,7 @@ import slimgrad
 from slimgrad.errors import VerificationError
 from slimgrad.method import Undo
 from slimgrad.methods.activations.recompute import Recompute
+from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 
 
 def everything(model, optimizer):
@@ -170,6 +171,7 @@ def test_a_scaled_or_dropped_gradient_fails(monkeypatch, factor, available_bytes
     monkeypatch.setattr(Recompute, "attach", scaling(1.0))
     report = verified(model, loss_fn, batch, available_bytes=available_bytes)
     assert report.passed, str(report)
+    model, loss_fn, batch = stack(Steady)
     monkeypatch.setattr(Recompute, "attach", scaling(factor))
     report = verified(model, loss_fn, batch, available_bytes=available_bytes)
     assert not report.passed
@@ -194,6 +196,7 @@ def test_slim_raises_where_the_plan_does_not_verify_and_undoes_everything(monkey
     optimizer = adamw(model)
     attach = scaling(0.9)
     monkeypatch.setattr(Recompute, "attach", attach)
+    monkeypatch.setattr(SelectiveRecompute, "attach", attach)
     before = everything(model, optimizer)
     with pytest.raises(VerificationError, match="gradient") as caught:
         slimgrad.slim(model, optimizer, loss_fn, batch, budget="min", exactness="bitwise")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,7 @@ class Step:
         """Put back everything that the plan changed; gradients, state and ``state_dict`` are plain again."""
         self._undo()
         self._undone = True
+        _applied.discard(self.host.model)
 
     @contextmanager
     def suspended(self) -> Generator[None]:
@@ -140,6 +142,7 @@ def apply(
             "plan again for this model"
         )
     _refuse_wrapped(model)
+    refuse_applied(model)
     clip = plan.clip_grad_norm if clip_grad_norm is None else clip_grad_norm
     if clip != plan.clip_grad_norm:
         raise PlanError(
@@ -153,7 +156,21 @@ def apply(
         clip_grad_norm=clip,
         folder=Path(folder) if folder is not None else None,
     )
-    return Step(plan, host, attach_all(plan, host))
+    step = Step(plan, host, attach_all(plan, host))
+    _applied.add(model)
+    return step
+
+
+_applied: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def refuse_applied(model: nn.Module) -> None:
+    """Raise ``PlanError`` where a plan is applied to ``model`` already: two would attach to each other."""
+    if model in _applied:
+        raise PlanError(
+            "a plan is applied to this model already: call undo() on its step first (it puts back everything "
+            "that was changed), then plan again"
+        )
 
 
 def attach_all(plan: Plan, host: Host) -> Undo:

@@ -24,7 +24,7 @@ from slimgrad.types import Column
 Setting = tuple[str, tuple[tuple[str, Any], ...]]
 """A method's name and its fields: what was attached while a variant of the step was traced."""
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ def _trace_to_json(trace: Trace) -> dict[str, Any]:
     out["gradients"] = {name: list(value) for name, value in trace.gradients.items()}
     out["cached"] = sorted(trace.cached.items())
     out["module_paths"] = trace.module_paths
+    out["reads"], out["writes"] = trace.reads, trace.writes
     return out
 
 
@@ -153,6 +154,8 @@ def _trace_from_json(data: Mapping[str, Any]) -> Trace:
         calls=calls,
         gradients={name: (v[0], v[1]) for name, v in data["gradients"].items()},
         module_paths=list(data["module_paths"]),
+        reads=[tuple(r) for r in data["reads"]],
+        writes=[tuple(w) for w in data["writes"]],
     )
 
 

@@ -46,7 +46,8 @@ class Trace:
     (position in ``Column``). One entry a tick: ``op`` (position in ``keys``), ``op_call`` (position in
     ``calls``, -1: none), ``op_backward``. ``gradients`` maps a parameter's name to its gradient's storage and
     the tick at which it was complete. ``cached`` maps storages that autocast's weight cache holds, whoever else
-    does, to the tick at which it lets go.
+    does, to the tick at which it lets go. ``reads`` and ``writes`` are the storages of each operation's arguments,
+    and of those that it made or wrote into, one entry a tick.
     """
 
     nbytes: np.ndarray
@@ -64,6 +65,8 @@ class Trace:
     op_seconds: np.ndarray = field(default_factory=lambda: np.zeros(0))
     num_shares: int = 1
     cached: dict[int, int] = field(default_factory=dict)
+    reads: list[tuple[int, ...]] = field(default_factory=list)
+    writes: list[tuple[int, ...]] = field(default_factory=list)
 
     @property
     def backward_from(self) -> int:
@@ -90,6 +93,8 @@ class _Recorder:
         self.op: list[int] = []
         self.op_call: list[int] = []
         self.op_backward: list[bool] = []
+        self.reads: list[tuple[int, ...]] = []
+        self.writes: list[tuple[int, ...]] = []
         self.gradients: dict[str, tuple[int, int]] = {}
         self.cast: list[int] = []  # ticks at which autocast made a copy of a weight, and cached it
         self.tracker: Tracker | None = None
@@ -149,7 +154,12 @@ class _Recorder:
 
         return hook
 
-    def on_op(self, tick: int, func: Any, args: Any, kwargs: Any, _out: Any) -> None:
+    def on_op(self, tick: int, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        assert self.tracker is not None
+        read = self._storages((args, kwargs))
+        made = [i for i in self._storages(out) if self.tracker.birth[i] == tick]
+        self.reads.append(tuple(read))
+        self.writes.append((*made, *self._storages(written_arguments(func, args, kwargs))))
         backward = current_task() != -1
         casts = func is torch.ops.aten._to_copy.default and not backward and any(self._caching)
         if casts and args[0].is_leaf and args[0].requires_grad:
@@ -161,6 +171,12 @@ class _Recorder:
         self.op.append(self.keys.setdefault(key, len(self.keys)))
         self.op_call.append(call)
         self.op_backward.append(backward)
+
+    def _storages(self, tree: Any) -> list[int]:
+        """The storages of the tensors in ``tree``, each once, in their order."""
+        assert self.tracker is not None
+        met = (self.tracker.see(tensor) for tensor in plain_tensors(tree))
+        return list(dict.fromkeys(storage for storage in met if storage is not None))
 
     def _call_of_node(self, node: Any) -> int:
         number = node._sequence_nr() if node is not None else -1
@@ -177,6 +193,18 @@ class _Recorder:
         backward = np.flatnonzero(self.op_backward)
         ends = [int(backward[backward >= tick].min(initial=tracker.tick)) for tick in self.cast]
         return {born[t]: end + 1 for t, end in zip(self.cast, ends, strict=True) if t in born}
+
+
+def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that the operation's schema says it writes into."""
+    schema = func._schema
+    if not schema.is_mutable:
+        return []
+    return [
+        args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def _autocast_caches(device: str) -> bool:
@@ -291,4 +319,6 @@ def _trace_of(tracker: Tracker, recorder: _Recorder, num_shares: int) -> Trace:
         module_paths=list(tracker.module_paths),
         num_shares=num_shares,
         cached=recorder.cached(tracker),
+        reads=recorder.reads,
+        writes=recorder.writes,
     )

@@ -11,6 +11,7 @@ from slimgrad.measuring.profile import Profile, Setting
 from slimgrad.measuring.trace import Trace
 from slimgrad.method import (
     Block,
+    Graded,
     Method,
     ModelRecord,
     Offer,
@@ -142,13 +143,17 @@ def attach_order(method: Method) -> tuple[int, int, str]:
 def options(profile: Profile, scheme: Scheme, layout: Layout, allowed: Allowed) -> list[Option]:
     """For each block, what each method of scope ``block`` offers (keeping it as it is is always possible)."""
     found: list[Option] = []
-    methods = [
-        c() for c in catalogue.methods().values() if c.scope is Scope.BLOCK and allowed.permits(c)
+    classes = [
+        c for c in catalogue.methods().values() if c.scope is Scope.BLOCK and allowed.permits(c)
     ]
     for path, block in layout.blocks.items():
-        record = block_record(profile, scheme.trace, block)
+        record = block_record(profile, layout, block)
+        asked = Block(path, Scope.BLOCK, record)
+        methods = [
+            m for c in classes for m in (c.grades(asked) if issubclass(c, Graded) else [c()])
+        ]
         for method in methods:
-            offer = method.offer(Block(path, Scope.BLOCK, record))
+            offer = method.offer(asked)
             if isinstance(offer, Offer) and isinstance(offer.record, Record):
                 added = (offer.record.seconds - record.seconds) * scheme.repeats
                 found.append(Option(path, (method,), offer.record, offer.note, added))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from slimgrad.errors import BudgetError, PlanError
 from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.profile import Profile, field_from_json, versions
 from slimgrad.method import Method, Update, hyperparameters, method_name
+from slimgrad.planning.calls import Changes
 from slimgrad.planning.offers import Allowed, Scheme, check_allowed, options, refusals, schemes
 from slimgrad.planning.settings import layout_of
-from slimgrad.planning.simulate import Changes, Layout
+from slimgrad.planning.simulate import Layout
 from slimgrad.planning.solve import Programme, Solution
 from slimgrad.types import Budget, BudgetLike, Column, Exactness, format_bytes
 
@@ -133,6 +135,10 @@ def plan(
     with the smallest peak that does and what looser rungs would reach.
     """
     asked = Budget.parse(budget)
+    if clip_grad_norm is not None and not (
+        isinstance(clip_grad_norm, (int, float)) and 0 < clip_grad_norm < math.inf  # pyright: ignore[reportUnnecessaryIsInstance]
+    ):
+        raise PlanError(f"clip_grad_norm must be a positive number or None, not {clip_grad_norm!r}")
     allowed = Allowed(_rung(exactness), tuple(allow), error, clip_grad_norm)
     check_allowed(allowed.allow)
     found = schemes(profile, allowed)

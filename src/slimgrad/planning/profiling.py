@@ -25,8 +25,9 @@ from slimgrad.measuring.trace import Trace, trace_step
 from slimgrad.measuring.tracker import device_of
 from slimgrad.method import Block, Method, Refusal, Rewriting, Scope, hyperparameters, method_name
 from slimgrad.methods.gradients.micro_batches import has_batch_statistics
+from slimgrad.planning.calls import call_bytes, call_seconds
 from slimgrad.planning.settings import plain_record
-from slimgrad.planning.simulate import Layout, call_bytes, call_seconds
+from slimgrad.planning.simulate import Layout
 from slimgrad.storage import measure_bandwidth, open_store
 from slimgrad.types import Column
 

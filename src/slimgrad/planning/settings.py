@@ -10,7 +10,8 @@ from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.profile import Profile
 from slimgrad.measuring.trace import Trace
 from slimgrad.method import ModelRecord, Record
-from slimgrad.planning.simulate import BlockLayout, Layout, border_bytes, call_bytes, call_seconds
+from slimgrad.planning.calls import BlockLayout, border_bytes, call_bytes, call_seconds
+from slimgrad.planning.simulate import Layout
 
 
 def plain_record(law: OptimizerLaw) -> ModelRecord:
@@ -46,8 +47,9 @@ def model_record(profile: Profile, num_parts: int, clip_grad_norm: float | None)
     )
 
 
-def block_record(profile: Profile, trace: Trace, block: BlockLayout) -> Record:
+def block_record(profile: Profile, layout: Layout, block: BlockLayout) -> Record:
     """The record of a block as it was measured."""
+    trace = layout.trace
     saved = sum(call_bytes(trace, s) for s in block.saved.values())
     borders = [border_bytes(trace, trace.calls[c]) for c in block.calls]
     return Record(
@@ -61,6 +63,7 @@ def block_record(profile: Profile, trace: Trace, block: BlockLayout) -> Record:
         has_batch_statistics=profile.has_batch_statistics,
         read_bytes_s=profile.read_bytes_s,
         write_bytes_s=profile.write_bytes_s,
+        graph=layout.graph(block.path),
     )
 
 

@@ -10,51 +10,28 @@ border tensor alive: that is taken once.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.optimizer import OptimizerLaw
-from slimgrad.measuring.trace import Call, Trace
-from slimgrad.method import ModelRecord, Record, Restore, Update
+from slimgrad.measuring.trace import Trace
+from slimgrad.method import ModelRecord, OperationGraph, Record, Restore, Update
+from slimgrad.planning.calls import BlockLayout, Changes
+from slimgrad.planning.operations import (
+    CallOperations,
+    Replayed,
+    call_operations,
+    first_reads,
+    merged,
+    replayed,
+)
 from slimgrad.storage import MAX_PENDING_BYTES
 from slimgrad.types import Column
 
 _POSITION = {column: position for position, column in enumerate(Column)}
 _SCALARS = 1024  # bytes: loss values and norms that a step keeps beside what was traced
-
-
-@dataclass
-class Changes:
-    """Lifetimes that start (+) or end (-) at slots, each with its column."""
-
-    slot: list[int] = field(default_factory=list)
-    nbytes: list[int] = field(default_factory=list)
-    column: list[int] = field(default_factory=list)
-
-    def span(self, start: int, stop: int, nbytes: float, column: int) -> None:
-        """``nbytes`` live in slots ``start`` to ``stop`` (negative: no longer live there)."""
-        if start < stop and nbytes:
-            self.slot += [start, stop]
-            self.nbytes += [int(nbytes), -int(nbytes)]
-            self.column += [column, column]
-
-    def extend(self, other: Changes) -> None:
-        """Add another set."""
-        self.slot += other.slot
-        self.nbytes += other.nbytes
-        self.column += other.column
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """The calls of one block, and what it saves inside."""
-
-    path: str
-    calls: tuple[int, ...]
-    saved: Mapping[int, tuple[int, ...]]  # call -> storages its backward needs, made inside
 
 
 class Layout:
@@ -64,6 +41,9 @@ class Layout:
         self.trace, self.law, self.state_bytes = trace, law, state_bytes
         self._place()
         self.blocks = self._blocks()
+        self._asked = first_reads(trace)
+        self._operations: dict[int, CallOperations] = {}
+        self._replays: dict[tuple[int, tuple[int, ...]], Replayed] = {}
 
     def _place(self) -> None:
         trace, num = self.trace, self.trace.num_ticks
@@ -81,6 +61,7 @@ class Layout:
             call = trace.calls[index]
             offset[index] = int(before[tick])
             before[tick] += call.forward_to - call.forward_from + 2
+        before[1:-1] += np.asarray(trace.op_backward)  # where operations may be run again
         order: dict[str, int] = {}
         for name, (_, tick) in trace.gradients.items():
             order[name] = int(after[tick])
@@ -123,6 +104,25 @@ class Layout:
         needed = inside & (trace.death > tick) & (trace.column == _POSITION[Column.ACTIVATIONS])
         return tuple(int(i) for i in np.flatnonzero(needed) if i not in set(call.outputs))
 
+    def operations(self, index: int) -> CallOperations:
+        """The operations of a call."""
+        if index not in self._operations:
+            saved = self.blocks[self.trace.calls[index].path].saved[index]
+            self._operations[index] = call_operations(self.trace, index, saved, self._asked)
+        return self._operations[index]
+
+    def graph(self, path: str) -> OperationGraph | None:
+        """What the calls of a block do; None if they differ, or nothing is known of their operations."""
+        block = self.blocks[path]
+        if not self.trace.reads:
+            return None
+        return merged([self.operations(i).graph for i in block.calls if block.saved[i]])
+
+    def _replayed(self, index: int, keep: tuple[int, ...]) -> Replayed:
+        if (index, keep) not in self._replays:
+            self._replays[index, keep] = replayed(self.trace, self.operations(index), keep)
+        return self._replays[index, keep]
+
     # -- the step as it was traced -----------------------------------------------------------------
 
     @cached_property
@@ -151,6 +151,11 @@ class Layout:
         (None: as if every call were).
         """
         changes = Changes()
+        if record.restore is Restore.OPERATIONS:
+            for index in self.blocks[path].calls:
+                if index in self.window and self.blocks[path].saved[index]:
+                    self._operation_changes(changes, index, record.kept)
+            return changes
         if record.restore is Restore.NONE and record.held_bytes >= record.saved_bytes:
             return changes
         share = record.held_bytes / record.saved_bytes if record.saved_bytes else 1.0
@@ -175,6 +180,25 @@ class Layout:
             elif record.restore is Restore.COPY:
                 self._pending_writes(changes, index, saved, 1 - share)
         return changes
+
+    def _operation_changes(self, changes: Changes, index: int, keep: tuple[int, ...]) -> None:
+        """What is not kept goes when the call has run and comes back when it is asked for."""
+        trace, call, again = self.trace, self.operations(index), self._replayed(index, keep)
+        gone = int(self.drop[trace.calls[index].forward_to + 1])
+        made_at = {storage: tick for storage, tick, _ in again.again}
+        for number, is_saved in enumerate(call.graph.is_saved):
+            storage = call.storages[number]
+            if is_saved and number not in keep:
+                nbytes, column = int(trace.nbytes[storage]), int(trace.column[storage])
+                free = max(gone, int(self.drop[trace.cached.get(storage, 0)]))
+                changes.span(free, int(self.at[made_at[storage]]) - 1, -nbytes, column)
+        temporary = _POSITION[Column.TEMPORARIES]
+        for storage, start, stop in again.again:
+            if int(trace.death[storage]) != stop:  # made on the way to another, and let go before
+                here, there = int(self.at[start]) - 1, int(self.at[stop])
+                changes.span(here, there, int(trace.nbytes[storage]), temporary)
+        for tick, nbytes in again.bursts:
+            changes.span(int(self.at[tick]) - 1, int(self.at[tick]), nbytes, temporary)
 
     def _pending_writes(
         self, changes: Changes, index: int, saved: tuple[int, ...], share: float
@@ -227,6 +251,21 @@ class Layout:
                 int(trace.nbytes[storage]),
                 _POSITION[Column.TEMPORARIES],
             )
+
+    def held(self, path: str, record: Record) -> dict[int, int]:
+        """Storages that block ``path``, behaving as ``record`` says, keeps alive longer: storage -> until which slot."""
+        if not record.holds_inputs:
+            return {}
+        if record.restore is not Restore.OPERATIONS:
+            return self.held_inputs(path)
+        found: dict[int, int] = {}
+        for index in self.blocks[path].calls:
+            if index in self.window and self.blocks[path].saved[index]:
+                for storage, tick in self._replayed(index, record.kept).held.items():
+                    stop = int(self.drop[min(tick, self.trace.num_ticks + 1)])
+                    if self._freed_slot(storage) < stop:
+                        found[storage] = max(found.get(storage, 0), stop)
+        return found
 
     def held_inputs(self, path: str) -> dict[int, int]:
         """Border storages that recomputing ``path`` keeps alive longer: storage -> the slot it is held to.
@@ -328,19 +367,3 @@ class Layout:
         if self.law.parameters:
             marks.append((self.end, "optimizer"))
         return MemoryTimeline(columns, tuple(marks))
-
-
-def call_seconds(trace: Trace, calls: tuple[int, ...], *, backward: bool) -> float:
-    """Seconds of the operations of these calls, forward or backward."""
-    mine = np.isin(trace.op_call, calls) & (trace.op_backward == backward)
-    return float(trace.op_seconds[mine].sum()) if trace.op_seconds.size else 0.0
-
-
-def call_bytes(trace: Trace, storages: tuple[int, ...]) -> int:
-    """Bytes of these storages."""
-    return int(trace.nbytes[list(storages)].sum()) if storages else 0
-
-
-def border_bytes(trace: Trace, call: Call) -> tuple[int, int]:
-    """Bytes of a call's inputs and outputs."""
-    return call_bytes(trace, call.inputs), call_bytes(trace, call.outputs)

@@ -15,8 +15,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from slimgrad.method import Restore
+from slimgrad.planning.calls import Changes
 from slimgrad.planning.offers import Option, Scheme
-from slimgrad.planning.simulate import Changes, Layout
+from slimgrad.planning.simulate import Layout
 
 _STRETCHES = 48
 _ROUNDS = 25
@@ -53,8 +54,7 @@ class Programme:
     def _alone(self, option: Option) -> Changes:
         changes = Changes()
         changes.extend(self.layout.block_changes(option.path, option.record))
-        if option.record.holds_inputs:
-            changes.extend(self.layout.hold_changes(self.layout.held_inputs(option.path)))
+        changes.extend(self.layout.hold_changes(self.layout.held(option.path, option.record)))
         return changes
 
     def replay(self, chosen: np.ndarray) -> tuple[np.ndarray, Changes]:
@@ -71,9 +71,8 @@ class Programme:
         ]
         for option in picked:
             changes.extend(self.layout.block_changes(option.path, option.record, offloaded))
-            if option.record.holds_inputs:
-                for storage, stop in self.layout.held_inputs(option.path).items():
-                    held[storage] = max(held.get(storage, 0), stop)
+            for storage, stop in self.layout.held(option.path, option.record).items():
+                held[storage] = max(held.get(storage, 0), stop)
         changes.extend(self.layout.hold_changes(held))
         return self.layout.base_live + self.layout.live(changes), changes
 

@@ -36,6 +36,10 @@ class Transfer(ABC):
     def wait(self) -> None:
         """Return when the transfer is done; raises ``StorageError`` for what went wrong, each time."""
 
+    @abstractmethod
+    def settle(self) -> None:
+        """Return when the bytes have been moved, without raising."""
+
 
 class Store(ABC):
     """Slots of bytes outside ``device``. All methods raise ``StorageError`` once the store is closed."""

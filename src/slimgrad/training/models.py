@@ -228,7 +228,8 @@ def _load_factory(spec: str) -> LoadedModel:
             ) from error
         factory = getattr(module, attribute, None)
         if not callable(factory):
-            near = difflib.get_close_matches(attribute, dir(module), n=1)
+            others = [name for name in dir(module) if callable(getattr(module, name))]
+            near = difflib.get_close_matches(attribute, others, n=1)
             hint = f": did you mean {near[0]!r}?" if near else ""
             raise LoadError(f"{module_name!r} has no function {attribute!r}{hint}")
         try:

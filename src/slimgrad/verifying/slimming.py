@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from slimgrad.applying.step import Step, apply
+from slimgrad.applying.step import Step, apply, refuse_applied
 from slimgrad.errors import VerificationError
 from slimgrad.host import LossFn
 from slimgrad.planning.plan import plan
@@ -48,6 +48,7 @@ def slim(
     planned step does not do what plain training does, and what ``measure``, ``plan`` and ``apply`` raise.
     """
     asked = Budget.parse(budget)
+    refuse_applied(model)
     sample = batch if largest_batch is None else largest_batch
     profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes)
     reserve, over, report = 0, 0, None
@@ -70,6 +71,7 @@ def slim(
         over = report.peak_bytes - made.budget_bytes
         if over <= 0 or asked.is_min:
             step.report = report
+            step.num_steps = 0  # those of the verification were put back
             return step
         step.undo()
         reserve += over

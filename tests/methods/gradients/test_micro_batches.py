@@ -64,7 +64,7 @@ def test_the_weighing_is_found_by_value(weigh):
     batch["labels"] = torch.randint(0, WORDS, (6, 8))
     random = torch.get_rng_state()
     found = find_weighing(Host(model, None, LOSSES[weigh]), batch)
-    assert found == (weigh, "labels")
+    assert found == (weigh, "" if weigh in ("samples", "sum") else "labels", -100)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
 
@@ -75,7 +75,67 @@ def test_losses_without_targets_are_weighed_by_samples(reduction, weigh):
         return functional.mse_loss(model(batch[0]), batch[1], reduction=reduction)
 
     batch = (torch.randn(6, 4), torch.randn(6, 3))
-    assert find_weighing(Host(nn.Linear(4, 3), None, loss_fn), batch) == (weigh, "")
+    assert find_weighing(Host(nn.Linear(4, 3), None, loss_fn), batch) == (weigh, "", -100)
+
+
+def ignoring_zero(model, batch):
+    logits_BTV = model(batch["x"])
+    return functional.cross_entropy(
+        logits_BTV.flatten(0, 1), batch["labels"].flatten(), ignore_index=0
+    )
+
+
+def ignoring_seven(model, batch):
+    logits_BTV = model(batch["x"])
+    return functional.cross_entropy(
+        logits_BTV.flatten(0, 1), batch["labels"].flatten(), ignore_index=7
+    )
+
+
+def masked_mean(model, batch):
+    loss_N = functional.cross_entropy(
+        model(batch["x"]).flatten(0, 1), batch["labels"].flatten(), reduction="none"
+    )
+    return (loss_N * batch["mask"].flatten()).sum() / batch["mask"].sum()
+
+
+def mean_of_sample_means(model, batch):
+    """Every sample's mean over its own mask: weighed by no count of this batch."""
+    loss_N = functional.cross_entropy(
+        model(batch["x"]).flatten(0, 1), batch["labels"].flatten(), reduction="none"
+    )
+    loss_BT = loss_N.reshape(batch["labels"].shape) * batch["mask"]
+    return (loss_BT.sum(1) / batch["mask"].sum(1)).mean()
+
+
+def with_spread(model, batch):
+    logits_BTV = model(batch["x"])
+    mean = functional.cross_entropy(logits_BTV.flatten(0, 1), batch["labels"].flatten())
+    return mean + 0.1 * logits_BTV.std()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "found"),
+    [
+        (ignoring_zero, ("targets", "labels", 0)),
+        (ignoring_seven, ("targets", "labels", 7)),
+        (masked_mean, ("values", "mask", -100)),
+        (mean_of_sample_means, ("samples", "", -100)),
+        (with_spread, None),
+    ],
+)
+def test_what_does_not_count_is_found_on_a_batch_where_all_count(loss_fn, found):
+    """The sample batch has no padding: later ones have."""
+    model, batch = language_model(), words()
+    batch["labels"] = torch.randint(1, 7, (6, 8))
+    batch["mask"] = torch.ones(6, 8, dtype=torch.float64)
+    assert find_weighing(Host(model, None, loss_fn), batch) == found
+    if found is not None:
+        batch["mask"] = torch.rand(6, 8, dtype=torch.float64)
+        for i in range(6):
+            batch["labels"][i, i:] = found[2] if found[2] >= 0 else batch["labels"][i, i:]
+        method = {"num": 3, "weigh": found[0], "targets": found[1], "ignore_index": found[2]}
+        assert_close(gradients_and_loss(loss_fn, batch, method), gradients_and_loss(loss_fn, batch))
 
 
 def gradients_and_loss(loss_fn, batch, method=None, twist=None):

@@ -8,8 +8,8 @@ Memory: activations: the block's inputs, and during its backward what it saved (
 Exactness: bitwise: the same bytes come back, with their shape and strides.
 Limits: parameters, buffers, the block's own inputs and outputs and storages below min_bytes stay where they are. A
     saved tensor that is modified in place afterwards raises an error where it was not written yet, and otherwise
-    backward gets the value that was saved (plain autograd raises). Sparse, quantized and nested tensors and tensor subclasses stay in
-    memory. Tensors kept as attributes by an autograd.Function are not seen.
+    backward gets the value that was saved (plain autograd raises). Sparse, quantized and nested tensors and tensor
+    subclasses stay in memory. Tensors kept as attributes by an autograd.Function are not seen.
 References: Rhu et al., vDNN (arXiv 1602.08124), section III: feature maps are offloaded during the forward pass and
     prefetched one layer ahead during the backward pass. *departs:* what is offloaded are the tensors that autograd
     saves (torch.autograd.graph.saved_tensors_hooks), each storage once, to pinned memory or, on the CPU, to a file.
@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from slimgrad.errors import MethodError
 from slimgrad.host import Host
 from slimgrad.method import Block, Offer, Paper, Refusal, Restore, Scope, Undo
+from slimgrad.methods.activations.saved import MODIFIED, Geometry, Kept, is_plain, returned_tensors
 from slimgrad.storage import Slot, Store, Transfer, store_of
 from slimgrad.types import Column, Exactness, format_bytes
 
@@ -63,6 +64,11 @@ class _Saved:
             self._write = self._store.start_write(self._slot, self._kept)
             self._kept = None
 
+    def settle(self) -> None:
+        """Wait for the write; its error is for who asks for the bytes."""
+        if self._write is not None:
+            self._write.settle()
+
     def keep(self, tensor: Tensor) -> None:
         """Hold on to the storage, which ``tensor`` shows, after all: the block returned it."""
         if self._kept is None and tensor._version == self.version:
@@ -86,7 +92,7 @@ class _Saved:
         if live is not None:
             return live
         if self._write is None:
-            raise RuntimeError(_MODIFIED.format(f"{self.num_bytes} bytes"))
+            raise RuntimeError(MODIFIED.format(f"{self.num_bytes} bytes"))
         self._write.wait()
         self.read_ahead()
         assert self._read is not None
@@ -117,6 +123,12 @@ class _Call:
         self.saved: list[weakref.ref[_Saved]] = []
         self._newest: _Saved | None = None
         self._has_begun = False
+
+    def settle(self) -> None:
+        """Wait until what the call saved is written, and let go."""
+        for reference in self.saved:
+            if (saved := reference()) is not None:
+                saved.settle()
 
     def add(self, saved: _Saved) -> None:
         """One more storage saved. It is written when the next one comes: the last is often what is returned."""
@@ -156,18 +168,7 @@ class _Packed:
 
     saved: _Saved
     call: _Call
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What autograd keeps of a tensor that stays: hooks do without its own check of the version."""
-
-    tensor: Tensor
-    version: int
+    geometry: Geometry
 
 
 class _Tape:
@@ -190,10 +191,10 @@ class _Tape:
 
     def end(self, call: _Call, result: Any) -> None:
         """The call's forward pass is over; one that saved nothing leaves no trace."""
-        returned = [
-            leaf for leaf in _leaves(result) if isinstance(leaf, Tensor) and _is_plain(leaf)
-        ]
-        call.end({leaf.untyped_storage()._cdata: leaf for leaf in returned})
+        call.end({leaf.untyped_storage()._cdata: leaf for leaf in returned_tensors(result)})
+        before = call.before() if call.before is not None else None
+        if before is not None and self.store.device.type == "cpu":
+            before.settle()  # no more than one block's writes are ever under way
         if call.saved:
             self._last = weakref.ref(call)
 
@@ -218,38 +219,15 @@ def _tape_of(host: Host) -> _Tape:
     return tape
 
 
-def _leaves(tree: Any) -> list[Any]:
-    known = isinstance(tree, (Tensor, tuple, list, dict))
-    return tree_leaves(tree if known else getattr(tree, "__dict__", None))
-
-
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
+    return tensor.untyped_storage().data_ptr() if is_plain(tensor) else 0
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_quantized
-    )
-
-
-_MODIFIED = (
-    "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of "
-    "{} that the block saved for backward; do not modify it between forward and backward"
-)
-
-
-def _unpack(prefetch: int, packed: _Packed | _Kept) -> Tensor:
-    if isinstance(packed, _Kept):
-        if packed.tensor._version != packed.version:
-            raise RuntimeError(_MODIFIED.format(f"shape {list(packed.tensor.shape)}"))
-        return packed.tensor
+def _unpack(prefetch: int, packed: _Packed | Kept) -> Tensor:
+    if isinstance(packed, Kept):
+        return packed.checked()
     packed.call.begin_backward(prefetch)
-    storage = packed.saved.restore()
-    tensor = torch.empty(0, dtype=packed.dtype, device=storage.device)
-    return tensor.set_(storage, packed.offset, packed.shape, packed.stride)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return packed.geometry.on(packed.saved.restore())
 
 
 @dataclass(frozen=True)
@@ -337,21 +315,18 @@ class OffloadActivations:
         tape.end(call, result)
         return result
 
-    def _pack(self, tape: _Tape, call: _Call, inputs: set[int], tensor: Tensor) -> _Packed | _Kept:
+    def _pack(self, tape: _Tape, call: _Call, inputs: set[int], tensor: Tensor) -> _Packed | Kept:
         stays = (
-            not _is_plain(tensor)
+            not is_plain(tensor)
             or tensor.device.type != tape.store.device.type
             or tensor.untyped_storage().nbytes() < self.min_bytes
             or tensor.untyped_storage().nbytes() % tensor.element_size() != 0
-            or tensor.is_conj()
-            or tensor.is_neg()
             or _address(tensor) in inputs
             or _address(tensor) in tape.weights
         )
         if stays:
-            return _Kept(tensor, tensor._version)
+            return Kept.of(tensor)
         saved = tape.saved(tensor)
         saved.num_asks += 1
         call.add(saved)
-        stride, offset = tuple(tensor.stride()), tensor.storage_offset()
-        return _Packed(saved, call, tensor.dtype, tensor.shape, stride, int(offset))
+        return _Packed(saved, call, Geometry.of(tensor))

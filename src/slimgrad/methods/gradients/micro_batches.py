@@ -2,13 +2,15 @@
 
 Formula: L(batch) = sum_i w_i L(part_i), so grad L = sum_i w_i grad L(part_i). For a mean over samples
     w_i = b_i / b; for a mean over the targets that count, w_i = n_i / n, with n_i the targets of part i that are
-    not ``ignore_index``; for a sum w_i = 1.
+    not ``ignore_index``; for a mean weighted by a mask or by weights, w_i is the part's share of their sum; for a
+    sum w_i = 1.
 Memory: activations and inputs' derivatives of one part instead of the whole batch, activations / num. Gradients
     live through all parts. Time: the same operations on smaller tensors, num times.
 Exactness: exact, where the loss is such a mean or sum and no statistic spans the batch. Which weighting holds is
     found by value, on the user's loss: the loss of a batch with uneven targets against its parts'.
     With dropout the masks differ from the full batch's: the same distribution, other draws.
-Limits: batch norm in training mode (its statistics span the batch) is refused; so are losses for which no
+Limits: a target that the loss ignores by a rule of its own, and that neither the batch nor its operations show, is not
+    found (-100, 0 and the ignore_index of cross-entropy are). Batch norm in training mode (its statistics span the batch) is refused; so are losses for which no
     weighting holds (contrastive losses), batches whose tensors disagree on the first dimension, and batches of
     one sample.
 References: gradient accumulation is older than any paper on it; the memory law and the treatment of batch norm
@@ -18,12 +20,14 @@ References: gradient accumulation is older than any paper on it; the memory law 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimgrad.batches import batch_size, map_named, named_tensors, narrow
 from slimgrad.errors import BatchError, MethodError
@@ -33,13 +37,13 @@ from slimgrad.measuring.trace import untouched
 from slimgrad.method import Block, Method, Offer, Paper, Refusal, Scope, Undo
 from slimgrad.types import Column, Exactness
 
-_WEIGHINGS = ("targets", "shifted_targets", "samples", "sum")
+_WEIGHINGS = ("targets", "shifted_targets", "samples", "sum", "values")
 
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """``num`` parts a batch. ``weigh`` is one of targets, shifted_targets (a causal LM's), samples, sum;
-    ``targets`` is the path of the target tensor in the batch."""
+    """``num`` parts a batch. ``weigh`` is one of targets, shifted_targets (a causal LM's), samples, sum, values (of a
+    mask or of weights); ``targets`` is the path of the tensor that is counted or summed in the batch."""
 
     num: int = 2
     weigh: str = "samples"
@@ -113,10 +117,12 @@ class MicroBatches:
             return [Share(part, 1.0 if self.weigh == "sum" else 1 / num) for part in parts]
         return [Share(p, c / total) for p, c in zip(parts, counts, strict=True) if c]
 
-    def _count(self, part: Any) -> int:
+    def _count(self, part: Any) -> float:
         if self.weigh in ("samples", "sum"):
             return batch_size(part)
         targets = named_tensors(part)[self.targets]
+        if self.weigh == "values":
+            return float(targets.double().sum())
         if self.weigh == "shifted_targets":
             targets = targets[:, 1:]
         return int((targets != self.ignore_index).sum())
@@ -128,19 +134,63 @@ def has_batch_statistics(model: nn.Module) -> bool:
     return any(isinstance(m, norms) and m.training for m in model.modules())
 
 
-def find_weighing(host: Host, batch: Any) -> tuple[str, str] | None:
-    """The weighting under which parts reproduce the loss of the whole, and the path of its targets.
+def find_weighing(host: Host, batch: Any) -> tuple[str, str, int] | None:
+    """The weighting under which parts reproduce the loss of the whole; its tensor's path, and what does not count.
 
-    Found on a batch whose samples have one, two, three ... targets that count, where there are targets.
+    It has to hold on the batch as it is and on every variant of it in which samples count unequally: targets that
+    are ignored here and there, and tensors (masks, weights) with zeros here and there. Variants that the loss does
+    not take, or that make it infinite, prove nothing.
     """
-    candidates = _target_paths(batch)
-    for path in candidates:
-        uneven = _uneven(batch, path)
-        for trial in ([uneven] if uneven is not None else []) + [batch]:
-            found = _weighing_that_holds(host, trial, path)
-            if found is not None:
-                return found
-    return None if candidates else _weighing_that_holds(host, batch, "")
+    ignored = _ignored_indices(host, batch)
+    paths = _target_paths(batch)
+    trials = [_uneven(batch, path, index) for path in paths for index in ignored]
+    trials += [_uneven(batch, path, 0) for path in named_tensors(batch) if path not in paths]
+    held: set[tuple[str, str, int]] | None = None
+    for trial in [batch, *(t for t in trials if t is not None)]:
+        parts = _losses(host, trial)
+        if parts is None and trial is batch:
+            return None
+        if parts is not None:
+            known = _candidates(paths, ignored, batch) if held is None else held
+            held = {c for c in known if _holds(c, *parts)}
+    order = {weigh: place for place, weigh in enumerate(_WEIGHINGS)}
+    return min(
+        held or (),
+        key=lambda c: (order[c[0]], paths.index(c[1]) if c[1] in paths else 0),
+        default=None,
+    )
+
+
+def _candidates(paths: list[str], ignored: list[int], batch: Any) -> set[tuple[str, str, int]]:
+    found = {(weigh, path, i) for weigh in _WEIGHINGS[:2] for path in paths for i in ignored}
+    found |= {
+        ("values", n, -100) for n, t in named_tensors(batch).items() if n not in paths and t.dim()
+    }
+    return found | {("samples", "", -100), ("sum", "", -100)}
+
+
+def _ignored_indices(host: Host, batch: Any) -> list[int]:
+    """The targets that may not count: those that the loss's own operations leave out, and the usual ones."""
+    seen = _IgnoredIndices()
+    with seen:
+        _losses(host, batch, only_whole=True)
+    return list(dict.fromkeys([*seen.found, -100, 0]))
+
+
+class _IgnoredIndices(TorchDispatchMode):
+    """Notes the ``ignore_index`` of every negative log-likelihood that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        names = [a.name for a in func._schema.arguments]
+        if "ignore_index" in names and len(args) > (place := names.index("ignore_index")):
+            self.found.append(int(args[place]))
+        return func(*args, **(kwargs or {}))
 
 
 def _target_paths(batch: Any) -> list[str]:
@@ -148,50 +198,54 @@ def _target_paths(batch: Any) -> list[str]:
         (n, t) for n, t in named_tensors(batch).items() if t.dtype == torch.int64 and t.dim() >= 1
     ]
     named = [n for n, _ in whole if any(word in n.lower() for word in ("label", "target"))]
-    return named or [n for n, _ in whole[-1:]]
+    return named or [n for n, _ in whole]
 
 
-def _uneven(batch: Any, path: str, ignore_index: int = -100) -> Any | None:
-    """``batch`` with sample i counting about i + 2 targets, the first of sample 0 at its very start."""
-    targets = named_tensors(batch)[path]
-    masked = torch.full_like(targets, ignore_index)
-    if targets.dim() == 1:
-        masked[1:] = targets[1:]
-    elif targets.shape[1] >= 4:
-        masked[0, :2] = targets[0, :2]
-        for i in range(1, targets.shape[0]):
-            masked[i, 1 : 4 + i] = targets[i, 1 : 4 + i]
+def _uneven(batch: Any, path: str, fill: int) -> Any | None:
+    """``batch`` with ``fill`` in tensor ``path``, but for about i + 2 places of sample i (of vectors: from 1 on)."""
+    whole = named_tensors(batch)[path]
+    masked = torch.full_like(whole, fill)
+    if whole.dim() == 0:
+        return None
+    if whole.dim() == 1:
+        masked[1:] = whole[1:]
+    elif whole.shape[1] >= 4:
+        masked[0, :2] = whole[0, :2]
+        for i in range(1, whole.shape[0]):
+            masked[i, 1 : 4 + i] = whole[i, 1 : 4 + i]
     else:
         return None
     return map_named(lambda name, t: masked if name == path else t, batch)
 
 
-def _weighing_that_holds(host: Host, batch: Any, path: str) -> tuple[str, str] | None:
+def _losses(
+    host: Host, batch: Any, *, only_whole: bool = False
+) -> tuple[float, list[float], list[Any]] | None:
+    """The loss of the batch and of its halves, dropout off, and the halves; None where there is none."""
     was_training = [m for m in host.model.modules() if m.training]
+    parts = [] if only_whole else [share.batch for share in MicroBatches(2).split(batch)]
     try:
         host.model.eval()
         with untouched(host.model), torch.no_grad():
-            half = MicroBatches(2)
-            parts = [share.batch for share in half.split(batch)]
-            losses = [float(_loss(host, part)) for part in parts]
-            total = float(_loss(host, batch))
+            total, *losses = [float(_loss(host, each)) for each in (batch, *parts)]
     except Exception:
         return None
     finally:
         for module in was_training:
             module.training = True
-    errors: list[tuple[float, str]] = []
-    for weigh in _WEIGHINGS if path else _WEIGHINGS[2:]:
-        try:
-            shares = MicroBatches(2, weigh, path)
-            counts = [shares._count(part) for part in parts]
-        except IndexError:
-            continue
-        weights = [1.0 if weigh == "sum" else c / max(sum(counts), 1) for c in counts]
-        value = sum(w * x for w, x in zip(weights, losses, strict=True) if w)
-        errors.append((abs(value - total) / max(abs(total), 1e-12), weigh))
-    error, weigh = min(errors)
-    return (weigh, path) if error < 2e-5 else None
+    return (total, losses, parts) if math.isfinite(total) else None
+
+
+def _holds(
+    candidate: tuple[str, str, int], total: float, losses: list[float], parts: list[Any]
+) -> bool:
+    try:
+        counts = [MicroBatches(2, *candidate)._count(part) for part in parts]
+    except IndexError:
+        return False
+    weights = [1.0 if candidate[0] == "sum" else c / (sum(counts) or 1) for c in counts]
+    value = sum(w * x for w, x in zip(weights, losses, strict=True) if w)
+    return abs(value - total) <= 2e-5 * max(abs(total), 1e-12)
 
 
 def _loss(host: Host, batch: Any) -> Tensor:
