@@ -21,12 +21,24 @@ from slimgrad.cli.job_options import job_options, job_spec, plan_arguments, plan
     "--save", type=click.Path(path_type=Path), help="Write the plan here, for 'slimgrad run'."
 )
 @click.option("--html", type=click.Path(path_type=Path), help="Write an HTML report here.")
+@click.option(
+    "--explain",
+    "why",
+    is_flag=True,
+    help="Say what binds, what memory is worth, and what more of it buys.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def command(
-    profile: Path | None, save: Path | None, html: Path | None, as_json: bool, **options: Any
+    profile: Path | None,
+    save: Path | None,
+    html: Path | None,
+    why: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Plan a training step of MODEL within a budget. Nothing is trained; exit code 2 if nothing fits."""
     from slimgrad.measuring.profile import Profile
+    from slimgrad.planning.explain import explain
     from slimgrad.planning.plan import plan
     from slimgrad.planning.profiling import measure
     from slimgrad.training.job import loss_fn, open_job
@@ -43,4 +55,9 @@ def command(
         made.save(save)
     if html is not None:
         save_report(html, f"slimgrad plan {spec.model}", measured, made)
-    click.echo(json.dumps(made.to_json(), indent=2, default=str) if as_json else str(made))
+    reason = explain(measured, options["budget"], **plan_arguments(options)) if why else None
+    if as_json:
+        data = made.to_json() | ({"explanation": reason.to_json()} if reason else {})
+        click.echo(json.dumps(data, indent=2, default=str))
+    else:
+        click.echo(str(made) if reason is None else f"{made}\n\n{reason}")

@@ -134,24 +134,38 @@ def plan(
     Raises ``BudgetFormatError`` for a budget that cannot be read, ``BudgetError`` where nothing allowed fits,
     with the smallest peak that does and what looser rungs would reach.
     """
+    allowed = allowed_by(exactness, error, allow, clip_grad_norm)
     asked = Budget.parse(budget)
-    if clip_grad_norm is not None and not (
-        isinstance(clip_grad_norm, (int, float)) and 0 < clip_grad_norm < math.inf  # pyright: ignore[reportUnnecessaryIsInstance]
-    ):
+    limit, best = solved(profile, asked, allowed, reserve_bytes)
+    return _plan_of(profile, allowed, asked, limit, best)
+
+
+def allowed_by(
+    exactness: Exactness | str, error: float | None, allow: Sequence[str], clip_grad_norm: Any
+) -> Allowed:
+    """What the user allows; raises ``PlanError`` or ``MethodError`` for what is no rung, norm or method."""
+    is_number = isinstance(clip_grad_norm, (int, float)) and 0 < clip_grad_norm < math.inf
+    if clip_grad_norm is not None and not is_number:
         raise PlanError(f"clip_grad_norm must be a positive number or None, not {clip_grad_norm!r}")
     allowed = Allowed(_rung(exactness), tuple(allow), error, clip_grad_norm)
     check_allowed(allowed.allow)
+    return allowed
+
+
+def solved(
+    profile: Profile, asked: Budget, allowed: Allowed, reserve_bytes: int = 0
+) -> tuple[int, Solution]:
+    """The bytes that ``asked`` comes to, and the best solution within; raises ``BudgetError`` if there is none."""
     found = schemes(profile, allowed)
     limit = asked.resolve(profile.peak_bytes)
     workbench = _Workbench(profile, allowed)
     if limit is None:
         best = workbench.leanest(found)
-        limit = best.peak_bytes
-    else:
-        best = workbench.fastest(found, limit - reserve_bytes)
-        if best is None:
-            raise _does_not_fit(profile, allowed, workbench.leanest(found), limit, asked)
-    return _plan_of(profile, allowed, asked, limit, best)
+        return best.peak_bytes, best
+    fastest = workbench.fastest(found, limit - reserve_bytes)
+    if fastest is None:
+        raise _does_not_fit(profile, allowed, workbench.leanest(found), limit, asked)
+    return limit, fastest
 
 
 def _rung(exactness: Exactness | str) -> Exactness:

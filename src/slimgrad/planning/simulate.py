@@ -303,7 +303,9 @@ class Layout:
         kept = 0 if record.state_in_files else self.state_bytes
         changes.span(0, self.num_slots, kept, state)
         in_backward = record.gradients_in_files or record.update is Update.DURING
-        changes.span(0, self.num_slots, record.buffer_bytes, state)  # kept from step to step
+        # kept from step to step where backward uses them, else made for the updates after it
+        buffers_from = 0 if in_backward else self.end
+        changes.span(buffers_from, self.num_slots, record.buffer_bytes, state)
         if not (record.state_in_files or in_backward):
             changes.span(self.end, self.end + 1, self.law.step_transient_bytes, temporary)
             return changes
@@ -350,6 +352,16 @@ class Layout:
     def base_live(self) -> np.ndarray:
         """Live bytes of the traced passes at every slot."""
         return self.live(self.base)
+
+    def where(self, slot: int) -> str:
+        """What the step does at a slot: ``forward of body.3``, ``backward of body.3``, ``the optimizer``."""
+        if slot >= self.end and self.law.parameters:
+            return "the optimizer"
+        tick = int(np.searchsorted(self.at, slot))
+        index = min(max(tick - 1, 0), len(self.trace.op_call) - 1)
+        call, is_backward = int(self.trace.op_call[index]), bool(self.trace.op_backward[index])
+        place = self.trace.calls[call].path if call >= 0 else "what lies outside blocks"
+        return f"{'backward' if is_backward else 'forward'} of {place}"
 
     def timeline(self, changes: Changes) -> MemoryTimeline:
         """Live bytes by column under ``changes``, at every slot that is not an empty window."""
