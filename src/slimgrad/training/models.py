@@ -256,7 +256,17 @@ def _release_memory() -> None:
 
 
 def import_libraries() -> None:
-    """Import what loading a pretrained model imports, where it is installed: code, not the model."""
+    """Import what loading a pretrained model imports, where it is installed, and run what training runs: code, not the model."""
     for name in ("transformers", "transformers.models.llama.modeling_llama", "gguf"):
         if find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
+    _run_kernels()
+
+
+def _run_kernels() -> None:
+    """One step of a small layer: the system loads a kernel's code, and MKL its buffers, when it first runs."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    large = torch.zeros(1024, 1024)
+    (layer(torch.zeros(2, 16, 64)).square().mean() + (large @ large).sum()).backward()
+    optimizer.step()
