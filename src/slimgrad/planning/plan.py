@@ -65,7 +65,9 @@ class Plan:
     tightened_bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=versions)
     batch_shapes: Shapes = field(default_factory=dict)  # of the batch that was planned for
-    weighing: Mapping[str, Any] | None = None  # of parts of a larger batch; None: it cannot be split
+    weighing: Mapping[str, Any] | None = (
+        None  # of parts of a larger batch; None: it cannot be split
+    )
     timeline: MemoryTimeline | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -181,7 +181,9 @@ def changed_dimensions(found: Shapes, planned: Mapping[str, tuple[str, tuple[int
         most_dtype, most = planned.get(path, ("", ()))
         if (dtype, shape) != (most_dtype, most):
             before = f"planned {list(most)}" if path in planned else "not planned for"
-            kind = f" {dtype}, planned {most_dtype}" if path in planned and dtype != most_dtype else ""
+            kind = (
+                f" {dtype}, planned {most_dtype}" if path in planned and dtype != most_dtype else ""
+            )
             told.append(f"{path or 'the batch'} {list(shape)}{kind}, {before}")
     gone = [path for path in planned if path not in found]
     return "; ".join([*told, *(f"{path} is missing" for path in gone)])
