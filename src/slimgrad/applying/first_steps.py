@@ -18,7 +18,8 @@ from slimgrad.planning.plan import Plan
 from slimgrad.planning.tighten import Replan, tightened
 from slimgrad.types import Budget, format_bytes, format_seconds
 
-NUM_MEASURED = 2  # the first step makes the optimizer's state; the second is like all others
+NUM_MEASURED = 3
+"""The first step makes the optimizer's state, the second what it is read ahead into; the third is like all others."""
 _MOST_TIGHTENINGS = 3
 
 
@@ -124,7 +125,7 @@ class FirstSteps:
         self.history.append(measured)
         if not measured.over_bytes or Budget.parse(step.plan.budget).is_min or self.replan is None:
             return
-        if len(self.tightenings) == _MOST_TIGHTENINGS:
+        if len(self.tightenings) >= _MOST_TIGHTENINGS:
             self.failure = _still_over(measured, step.plan)
             return
         before = step.plan

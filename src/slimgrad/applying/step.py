@@ -31,7 +31,7 @@ class Step:
 
     Made by ``apply``. ``undo()`` puts the model and optimizer back; the step cannot be called afterwards.
 
-    Where the step knows what its plan was made from, it measures its first two steps (``history``): on CUDA by the
+    Where the step knows what its plan was made from, it measures its first three steps (``history``): on CUDA by the
     allocator's peak, else by the ledger, which takes some microseconds an operation. Where one passes the budget,
     the plan is made again with what the prediction was short of kept free, and exchanged before the call returns
     (``tightenings``; a ``PlanTightened`` warning). No update, optimizer state or random state is touched by that.
@@ -82,9 +82,13 @@ class Step:
         """The plans that were made again because a step was measured above the budget."""
         return tuple(self._first_steps.tightenings)
 
-    def measure_first(self, replan: Replan) -> None:
-        """Measure the next two steps, and make the plan again by ``replan`` where one passes the budget."""
+    def measure_first(self, replan: Replan | None, tightenings: Sequence[Tightening] = ()) -> None:
+        """Measure the next three steps, and make the plan again by ``replan`` where one passes the budget.
+
+        None: measure none. ``tightenings`` are those before this step was made.
+        """
         self._first_steps = FirstSteps(replan)
+        self._first_steps.tightenings += tightenings
 
     def admit(self, batch: Any) -> None:
         """Find out now what the first step on a batch of these shapes would: whether it fits. Nothing is run.
@@ -188,7 +192,7 @@ def apply(
     """Attach the plan's methods to ``model`` and ``optimizer`` in place.
 
     ``folder`` is where offloaded bytes go (default: the system's temporary folder). With ``profile``, the one that
-    the plan was made from, the first two steps are measured, and the plan is tightened where they pass the budget.
+    the plan was made from, the first three steps are measured, and the plan is tightened where they pass the budget.
 
     ``on_larger`` says what is done with a batch longer in some dimension than the one planned for, if the step is
     predicted to pass the budget with it: ``"split"`` runs it in the fewest micro-batches that fit, where these give
@@ -227,6 +231,7 @@ def apply(
     attachment = Attachment(plan.choices, host)
     try:
         step = Step(plan, attachment, Guard(attachment, on_larger, profile))
+        step.profile = profile
         if replan is not None:
             step.measure_first(replan)
         if largest_batch is not None:

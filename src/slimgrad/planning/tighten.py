@@ -49,19 +49,20 @@ def tightened(made: Plan, replan: Replan, measured_bytes: int, predicted_bytes: 
     """
     over = measured_bytes - made.budget_bytes
     least = made.tightened_bytes + over
+    short = max(measured_bytes - predicted_bytes, least)
     failure: BudgetError | None = None
-    for reserve in sorted({max(measured_bytes - predicted_bytes, least), least}, reverse=True):
+    for reserve in sorted({short, least}, reverse=True):
         try:
             return replace(replan(reserve_bytes=reserve), tightened_bytes=reserve)
         except BudgetError as error:
             failure = error
     assert failure is not None
-    smallest = failure.smallest_bytes + least
+    smallest = failure.smallest_bytes + short
     raise BudgetError(
         f"a step was measured at {format_bytes(measured_bytes)}, {format_bytes(over)} above the budget "
         f"{made.budget}, where {format_bytes(predicted_bytes)} was predicted; no plan is that much leaner: with "
         f"what the prediction is short of, the smallest peak is about {format_bytes(smallest)} ({smallest} "
         "bytes). Give a larger budget or a smaller batch",
         smallest_bytes=smallest,
-        by_rung={rung: peak + least for rung, peak in failure.by_rung.items()},
+        by_rung={rung: peak + short for rung, peak in failure.by_rung.items()},
     ) from failure
