@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
+
 from slimgrad import catalogue
 from slimgrad.applying.attachment import Attachment
-from slimgrad.batches import Shapes, batch_shapes, batch_size, is_within, narrow
+from slimgrad.batches import Shapes, batch_shapes, batch_size, is_within, map_tensors, narrow
 from slimgrad.errors import BatchSplit, BatchTooLarge, BatchUnchecked, PlanError, SlimgradError
 from slimgrad.host import Batch, Host, Share
 from slimgrad.measuring.profile import Profile
@@ -176,8 +178,9 @@ class Guard:
         low, high = 0, size - 1
         while low < high:
             middle = (low + high + 1) // 2
+            part = map_tensors(torch.clone, narrow(batch, 0, middle))  # not a view of the whole
             try:
-                fits = self._predicted(narrow(batch, 0, middle), plan, None) <= room
+                fits = self._predicted(part, plan, None) <= room
             except Exception:  # a loss that takes no smaller batch
                 return None
             low, high = (middle, high) if fits else (low, middle - 1)
