@@ -126,9 +126,11 @@ def _verified(step: Step, sample: Any) -> Report:
         report = verify_step(step, sample)
     except NonFiniteLoss as error:
         step.undo()
+        refuse_non_finite(step.host.model, step.host.loss_fn, sample)
         raise NonFiniteLoss(
-            f"the loss of the sample batch is NaN or infinite, so no plan can be verified on it; everything was "
-            f"undone. Look at the batch and at the model's weights ({error})"
+            "the loss of the sample batch is finite, but its gradient is not: after updates by it the loss is NaN "
+            "or infinite. No plan can be verified on this batch, and everything was undone. Lower the learning "
+            f"rate, or look at the batch and at the model's weights ({error})"
         ) from error
     except BaseException:
         step.undo()
