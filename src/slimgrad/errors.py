@@ -64,7 +64,7 @@ class BatchTooLarge(BudgetError):
     """A batch larger than the plan was made for, under which the step would pass the budget; nothing was run.
 
     ``predicted_bytes`` is the peak that it would have. ``largest_batch_size`` is how many samples of this shape
-    fit at once, None where that is not known.
+    fit under the plan as it is, None where that is not known.
     """
 
     def __init__(

@@ -78,6 +78,14 @@ def test_a_right_prediction_is_measured_and_nothing_is_changed(profile):
     assert not step.tightenings
 
 
+def test_a_ledger_of_the_users_counts_the_same(profile):
+    step, batch = applied(profile, squares, budget_of(profile))
+    for _ in range(3):
+        with step.ledger(batch) as ledger:
+            step(batch)
+        assert ledger.peak_bytes == step.history[-1].peak_bytes
+
+
 def test_nothing_is_measured_after_the_first_steps(profile, monkeypatch):
     step, batch = applied(profile, squares, budget_of(profile))
     for _ in range(3):

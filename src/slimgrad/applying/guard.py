@@ -171,9 +171,9 @@ class Guard:
         return found
 
     def _largest(self, batch: Batch, plan: Plan, room: int) -> int | None:
-        """How many samples of this batch's shape fit at once; None where they cannot be told apart."""
+        """How many samples of this batch's shape fit under the plan as it is; None where that is not known."""
         size = batch_size(batch)
-        if not size or parts_of(plan) > 1:
+        if not size:
             return None
         low, high = 0, size - 1
         while low < high:
@@ -226,7 +226,7 @@ def _in_parts(plan: Plan, setting: tuple[str, Any]) -> Plan:
 def _too_large(found: _Refused, shapes: Shapes, plan: Plan) -> BatchTooLarge:
     fits = ""
     if found.largest_batch_size is not None:
-        fits = f"{found.largest_batch_size} samples of this shape fit at once. "
+        fits = f"{found.largest_batch_size} samples of this shape fit under the plan as it is. "
     return BatchTooLarge(
         f"the batch is larger than planned for ({changed_dimensions(shapes, plan.batch_shapes)}): the step would "
         f"peak at {format_bytes(found.predicted_bytes)}, above the budget {plan.budget} "

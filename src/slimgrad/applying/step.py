@@ -195,23 +195,17 @@ def apply(
     the plan was made from, the first three steps are measured, and the plan is tightened where they pass the budget.
 
     ``on_larger`` says what is done with a batch longer in some dimension than the one planned for, if the step is
-    predicted to pass the budget with it: ``"split"`` runs it in the fewest micro-batches that fit, where these give
-    the update of the whole, and else does as ``"raise"``, which raises ``BatchTooLarge`` before anything is run;
-    ``"run"`` looks at no batch. The prediction takes one trace on fake tensors (tenths of a second to some
-    seconds) for each shape that is not within the planned one. ``largest_batch`` is looked at before the first step.
+    predicted to pass the budget with it. ``"split"``: it is run in the fewest micro-batches that fit, where these
+    give the update of the whole; else as ``"raise"``: ``BatchTooLarge``, before anything is run. ``"run"``: no
+    batch is looked at. A prediction takes one trace on fake tensors (tenths of a second to some seconds), once for
+    each shape that is not within the planned one. ``largest_batch`` is looked at before the first step.
 
     Raises ``FingerprintError`` where the plan was made for another model or optimizer, ``UnsupportedError`` for
     what is refused, ``BatchTooLarge`` for a ``largest_batch`` that does not fit. If any method cannot be attached,
     those before it are undone.
     """
     check_arguments(model, optimizer, loss_fn)
-    found = fingerprint(model, optimizer)
-    if found != plan.fingerprint:
-        raise FingerprintError(
-            f"this plan was made for a model and optimizer with fingerprint {plan.fingerprint}, but these have "
-            f"{found}: shapes, module classes, frozen parameters or the optimizer's class differ. Measure and "
-            "plan again for this model"
-        )
+    _refuse_another(plan, model, optimizer)
     _refuse_wrapped(model)
     refuse_applied(model)
     clip = plan.clip_grad_norm if clip_grad_norm is None else clip_grad_norm
@@ -220,13 +214,8 @@ def apply(
             f"the plan was made with clip_grad_norm={plan.clip_grad_norm}, not {clip}: clipping changes what "
             "can be done during backward, so pass it to plan() as well"
         )
-    host = Host(
-        model,
-        optimizer,
-        loss_fn,
-        clip_grad_norm=clip,
-        folder=Path(folder) if folder is not None else None,
-    )
+    parent = Path(folder) if folder is not None else None
+    host = Host(model, optimizer, loss_fn, clip_grad_norm=clip, folder=parent)
     replan = None if profile is None else replan_of(plan, profile)
     attachment = Attachment(plan.choices, host)
     try:
@@ -264,3 +253,13 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 "when they complete, which slimgrad does not plan for yet. Apply it to the inner module on "
                 "one process"
             )
+
+
+def _refuse_another(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> None:
+    found = fingerprint(model, optimizer)
+    if found != plan.fingerprint:
+        raise FingerprintError(
+            f"this plan was made for a model and optimizer with fingerprint {plan.fingerprint}, but these have "
+            f"{found}: shapes, module classes, frozen parameters or the optimizer's class differ. Measure and "
+            "plan again for this model"
+        )

@@ -45,15 +45,12 @@ def slim(
     """Fit one training step of ``model`` into ``budget``: measure, plan, apply, verify.
 
     Returns a ``Step``: ``loss = step(batch)`` is forward, backward and optimizer. ``largest_batch`` is measured,
-    planned for and verified instead of ``batch``; ``folder`` is where offloaded bytes go. With ``verify`` the step's
-    peak is measured and its gradients are compared with plain training's before it is returned (``step.report``);
-    where the peak is above the budget, the plan is made again with what the prediction was short of kept free.
-    Without, nothing is run now: the step measures its own first three calls instead, and tightens its plan between
-    them (``step.history``, ``step.tightenings``); gradients are not compared.
-
-    ``on_larger``: what is done later with a batch longer than the one planned for, if the step would pass the budget
-    with it: ``"split"`` (the default: in the fewest micro-batches that fit, where they give the update of the
-    whole; else as the next), ``"raise"`` (``BatchTooLarge``, before anything is run) or ``"run"``.
+    planned for and verified instead of ``batch``; what is done later with a batch that is longer still,
+    ``on_larger`` says (see ``apply``). ``folder`` is where offloaded bytes go. With ``verify`` the step's peak is
+    measured and its gradients are compared with plain training's before it is returned (``step.report``); where the
+    peak is above the budget, the plan is made again with what the prediction was short of kept free. Without,
+    nothing is run now and gradients are not compared: the step measures its own first three calls instead, and
+    tightens its plan between them (``step.history``, ``step.tightenings``).
 
     Raises ``BudgetError`` where nothing allowed fits, ``NonFiniteLoss`` where the loss of the sample batch is NaN or
     infinite, ``VerificationError`` (everything undone) where the planned step does not do what plain training
@@ -64,33 +61,23 @@ def slim(
     refuse_applied(model)
     sample = batch if largest_batch is None else largest_batch
     profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes)
-    replan: Replan = functools.partial(
-        plan,
-        profile,
-        asked,
-        exactness=exactness,
-        error=error,
-        allow=allow,
-        clip_grad_norm=clip_grad_norm,
-    )
+    wanted = {"exactness": exactness, "error": error, "allow": allow}
+    replan = functools.partial(plan, profile, asked, clip_grad_norm=clip_grad_norm, **wanted)
     applied = functools.partial(
-        apply,
-        model=model,
-        optimizer=optimizer,
-        loss_fn=loss_fn,
-        clip_grad_norm=clip_grad_norm,
-        folder=folder,
-        profile=profile,
-        on_larger=on_larger,
+        apply, clip_grad_norm=clip_grad_norm, folder=folder, profile=profile, on_larger=on_larger
     )
     try:
         made = replan(reserve_bytes=0)
     except BudgetError:
         refuse_non_finite(model, loss_fn, sample)  # parts of such a batch cannot be weighed
         raise
+
+    def attached(made: Plan) -> Step:
+        return applied(made, model, optimizer, loss_fn)
+
     if verify:
-        return _tightened_until_verified(made, replan, applied, sample)
-    step = applied(made)
+        return _tightened_until_verified(made, replan, attached, sample)
+    step = attached(made)
     step.measure_first(replan)
     return step
 
