@@ -110,8 +110,9 @@ def test_a_step_above_the_budget_is_tightened_told_and_fits(profile, given):
     else:
         step, batch = applied(profile, loss_fn, budget)
     before = step.plan
-    with pytest.warns(PlanTightened, match="made again"):
+    with pytest.warns(PlanTightened, match="made again") as told:
         step(batch)
+    assert told[0].filename == __file__
     assert step.num_steps == 1
     (told,) = step.tightenings
     assert told.measured.peak_bytes > budget >= before.peak_bytes

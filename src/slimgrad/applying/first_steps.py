@@ -143,7 +143,7 @@ class FirstSteps:
             return
         self.left = self.num_measured
         self.tightenings.append(Tightening(measured, after.tightened_bytes, before, after))
-        warnings.warn(str(self.tightenings[-1]), PlanTightened, stacklevel=4)
+        warnings.warn(str(self.tightenings[-1]), PlanTightened, stacklevel=3)
 
 
 def _still_over(measured: MeasuredStep, plan: Plan) -> BudgetError:
