@@ -1,6 +1,7 @@
 """A batch larger than planned for is looked at before it is run: it fits, is split, or is refused; nothing is run for it."""
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 import slimgrad
 from slimgrad.applying import guard
+from slimgrad.batches import is_within, shapes_from_json
 from slimgrad.errors import (
     BatchSplit,
     BatchTooLarge,
@@ -292,6 +294,28 @@ def test_a_tightened_plan_looks_again():
         assert _peak(step, batch) <= budget
     assert step.tightenings
     assert told
+
+
+shapes = st.dictionaries(
+    st.sampled_from("ab"),
+    st.tuples(
+        st.sampled_from(["int64", "float32"]),
+        st.lists(st.integers(1, 4), max_size=3).map(tuple),
+    ),
+)
+
+
+@given(shapes, shapes, shapes)
+def test_to_be_within_is_an_order(one, two, three):
+    assert is_within(one, one)
+    if is_within(one, two) and is_within(two, three):
+        assert is_within(one, three)
+    if is_within(one, two) and is_within(two, one):
+        assert one == two
+    grown = {path: (dtype, tuple(n + 1 for n in shape)) for path, (dtype, shape) in one.items()}
+    assert is_within(one, grown)
+    assert is_within(grown, one) == (grown == one)
+    assert shapes_from_json(json.loads(json.dumps(one))) == one
 
 
 @settings(max_examples=12, deadline=None)

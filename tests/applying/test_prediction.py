@@ -36,6 +36,23 @@ def test_the_planned_batch_is_predicted_to_the_byte(name, profile_of):
         assert State.of(model, optimizer).differences(before) == []
 
 
+@pytest.mark.parametrize("name", ["non_contiguous", "tied"])
+def test_gradients_outside_the_device_are_left_alone_while_predicting(name, profile_of):
+    plan = slimgrad.plan(profile_of(name), "min", exactness="bitwise", clip_grad_norm=0.05)
+    states = []
+    for predicts in (False, True):
+        model, loss_fn, batch = SAMPLES[name].make()
+        optimizer = adamw(model)
+        step = slimgrad.apply(plan, model, optimizer, loss_fn)
+        for _ in range(3):
+            step(batch)
+            if predicts:
+                assert step._guard._predicted(batch, plan, None) == plan.peak_bytes
+        step.undo()
+        states.append(State.of(model, optimizer))
+    assert states[1].differences(states[0]) == []
+
+
 @pytest.mark.parametrize("name", LARGER)
 def test_a_larger_batch_takes_what_was_predicted(name, profile_of):
     profile = profile_of(name)
