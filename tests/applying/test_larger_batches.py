@@ -22,8 +22,8 @@ from slimgrad.errors import (
     BatchTooLarge,
     BatchUnchecked,
     BudgetError,
+    LossError,
     PlanError,
-    SlimgradError,
 )
 from slimgrad.measuring.fake import is_fake
 
@@ -99,12 +99,12 @@ def test_a_plan_knows_its_batch(profile, tmp_path):
 @pytest.mark.parametrize("shape", [PLANNED, (2, 12), (4, 5), (1, 1)])
 def test_a_batch_within_the_planned_one_is_never_traced(profile, shape, monkeypatch):
     def traced(*_):
-        raise SlimgradError("traced")
+        raise LossError("traced")
 
     monkeypatch.setattr(guard, "at_batch", traced)
     step = applied(profile)
     step(words(*shape))
-    with pytest.raises(SlimgradError, match="traced"):
+    with pytest.raises(LossError, match="traced"):
         step(words(5, 13))
 
 

@@ -14,7 +14,14 @@ import torch
 from slimgrad import catalogue
 from slimgrad.applying.attachment import Attachment
 from slimgrad.batches import Shapes, batch_shapes, batch_size, is_within, map_tensors, narrow
-from slimgrad.errors import BatchSplit, BatchTooLarge, BatchUnchecked, PlanError, SlimgradError
+from slimgrad.errors import (
+    BatchError,
+    BatchSplit,
+    BatchTooLarge,
+    BatchUnchecked,
+    LossError,
+    PlanError,
+)
 from slimgrad.host import Batch, Host, Share
 from slimgrad.measuring.profile import Profile
 from slimgrad.method import Rewriting
@@ -94,8 +101,7 @@ class Guard:
     def admit(self, batch: Batch, plan: Plan) -> Admission:
         """How ``batch`` may be run. Nothing of it is run for real.
 
-        Raises ``BatchTooLarge`` where the step would pass the budget, and what loss_fn itself raises on a batch
-        that it cannot take (an error of slimgrad's tree). Tells by ``BatchSplit`` and ``BatchUnchecked``, once
+        Raises ``BatchTooLarge`` where the step would pass the budget, ``LossError`` where loss_fn gives none. Tells by ``BatchSplit`` and ``BatchUnchecked``, once
         for each shape.
         """
         if self.on_larger == "run" or not plan.batch_shapes or Budget.parse(plan.budget).is_min:
@@ -128,9 +134,11 @@ class Guard:
         room = plan.budget_bytes - plan.tightened_bytes
         try:
             predicted = self._predicted(batch, plan, None)
-        except SlimgradError:
+        except (LossError, BatchError):  # as the real run would
             raise
-        except Exception as error:  # fake tensors cannot be looked at: real ones can
+        except (
+            Exception
+        ) as error:  # of a model that looks at values, for one: fake tensors have none
             self._tell(key, _unchecked_message(shapes, plan, error), BatchUnchecked)
             return Admission()
         if predicted <= room:
@@ -249,5 +257,5 @@ def _split_message(found: Admission, shapes: Shapes, plan: Plan) -> str:
 def _unchecked_message(shapes: Shapes, plan: Plan, error: Exception) -> str:
     return (
         f"the batch is larger than planned for ({changed_dimensions(shapes, plan.batch_shapes)}), and what it needs "
-        f"cannot be predicted: loss_fn failed on fake tensors with {error!r}. It is run all the same"
+        f"cannot be predicted on fake tensors: {error!r}. It is run all the same"
     )
