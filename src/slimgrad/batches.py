@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slimgrad.errors import BatchError
+
+Shapes: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
+"""Every tensor of a batch by its path: its dtype and its shape."""
 
 
 def map_named(function: Callable[[str, Tensor], Any], batch: Any, path: str = "") -> Any:
@@ -53,13 +57,20 @@ def narrow(batch: Any, start: int, stop: int) -> Any:
     return map_tensors(lambda t: t[start:stop], batch)
 
 
+def _numpy_hint(batch: Any) -> str:
+    members = list(batch.values()) if isinstance(batch, Mapping) else batch
+    leaves = [batch, *(members if isinstance(members, (list, tuple)) else ())]
+    arrays = any(isinstance(leaf, np.ndarray) for leaf in leaves)
+    return ". NumPy arrays become tensors by torch.from_numpy(array)" if arrays else ""
+
+
 def check_batch(batch: Any, device: torch.device) -> None:
     """Raise ``BatchError`` for a batch without data, or on another device than ``device``."""
     tensors = named_tensors(batch)
     if not tensors:
         raise BatchError(
             f"the batch ({type(batch).__name__}) holds no tensors: give a tensor, or a tuple, list, dict or "
-            "dataclass of tensors"
+            f"dataclass of tensors{_numpy_hint(batch)}"
         )
     for path, tensor in tensors.items():
         where = f"batch[{path!r}]" if path else "the batch"
@@ -74,6 +85,36 @@ def check_batch(batch: Any, device: torch.device) -> None:
             )
 
 
-def shapes(batch: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor by its path."""
-    return {path: tuple(t.shape) for path, t in named_tensors(batch).items()}
+def batch_shapes(batch: Any) -> Shapes:
+    """The dtype and shape of every tensor of ``batch`` by its path.
+
+    >>> batch_shapes({"x": torch.zeros(4, 8), "y": torch.zeros(4, dtype=torch.int64)})
+    {'x': ('float32', (4, 8)), 'y': ('int64', (4,))}
+    """
+    return {
+        path: (str(t.dtype).removeprefix("torch."), tuple(t.shape))
+        for path, t in named_tensors(batch).items()
+    }
+
+
+def is_within(found: Shapes, most: Shapes) -> bool:
+    """Whether the same tensors are there and no dimension of any is longer than in ``most``."""
+    if found.keys() != most.keys():
+        return False
+    for path, (dtype, shape) in found.items():
+        most_dtype, most_shape = most[path]
+        if dtype != most_dtype or len(shape) != len(most_shape):
+            return False
+        if any(a > b for a, b in zip(shape, most_shape, strict=True)):
+            return False
+    return True
+
+
+def shapes_from_json(data: Mapping[str, Any]) -> Shapes:
+    """Shapes read back from JSON, where tuples are lists; raises ValueError or TypeError for anything else."""
+    return {path: (str(dtype), tuple(map(int, shape))) for path, (dtype, shape) in data.items()}
+
+
+def format_shapes(shapes: Shapes) -> str:
+    """``shapes`` for a reader: ``x [4, 8], y [4]``."""
+    return ", ".join(f"{path} {list(shape)}".strip() for path, (_, shape) in shapes.items())

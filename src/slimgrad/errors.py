@@ -3,6 +3,8 @@
     SlimgradError
     ├── BudgetFormatError      a budget that cannot be read                    (also a ValueError)
     ├── BudgetError            no allowed plan fits the budget                 (carries the smallest peak)
+    │   └── BatchTooLarge      a batch under which the step would pass it      (before anything is run)
+    ├── ArgumentError          an argument of the wrong kind, or two swapped   (also a TypeError)
     ├── LossError              the loss is not a scalar with a gradient
     │   └── NonFiniteLoss      the loss of a step is NaN or infinite           (the state is kept)
     ├── BatchError             an empty batch, or one on another device than the model
@@ -17,7 +19,13 @@
         ├── GgufError          a GGUF file whose header does not agree with its size
         └── LoadError          a model or a text that cannot be found or read
 
-Each says what was expected, what was found and what to do next.
+Each says what was expected, what was found and what to do next. What a step changes by itself, to stay within its
+budget, is told by warnings; ``warnings.simplefilter("ignore", SlimgradWarning)`` silences them::
+
+    SlimgradWarning            (a UserWarning)
+    ├── PlanTightened          a first step was measured above the budget: the plan was made again
+    ├── BatchSplit             a batch larger than planned for is run in more parts
+    └── BatchUnchecked         what a larger batch needs could not be predicted
 """
 
 from __future__ import annotations
@@ -50,6 +58,25 @@ class BudgetError(SlimgradError):
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
         self.by_rung = dict(by_rung or {})
+
+
+class BatchTooLarge(BudgetError):
+    """A batch larger than the plan was made for, under which the step would pass the budget; nothing was run.
+
+    ``predicted_bytes`` is the peak that it would have. ``largest_batch_size`` is how many samples of this shape
+    fit under the plan as it is, None where that is not known.
+    """
+
+    def __init__(
+        self, message: str, *, predicted_bytes: int, largest_batch_size: int | None = None
+    ) -> None:
+        super().__init__(message, smallest_bytes=predicted_bytes)
+        self.predicted_bytes = predicted_bytes
+        self.largest_batch_size = largest_batch_size
+
+
+class ArgumentError(SlimgradError, TypeError):
+    """An argument of the wrong kind, or two in each other's place."""
 
 
 class LossError(SlimgradError):
@@ -106,3 +133,19 @@ class GgufError(StorageError):
 
 class LoadError(StorageError):
     """A model or a text that cannot be found or read."""
+
+
+class SlimgradWarning(UserWarning):
+    """What a step changed by itself to stay within its budget."""
+
+
+class PlanTightened(SlimgradWarning):
+    """A step was measured above the budget; the plan was tightened and made again."""
+
+
+class BatchSplit(SlimgradWarning):
+    """A batch larger than planned for is run in more micro-batches than planned."""
+
+
+class BatchUnchecked(SlimgradWarning):
+    """What a batch larger than planned for needs could not be predicted; it is run all the same."""

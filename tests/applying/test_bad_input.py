@@ -1,15 +1,19 @@
 """Bad input gets one clear error of the tree, and nothing of the user's is left half changed."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 from tests.hand_plans import hand_plan, on_model, recomputed
 from tests.sample_models import SAMPLES, adamw
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import slimgrad
 from slimgrad.errors import (
+    ArgumentError,
     BatchError,
     BudgetError,
     BudgetFormatError,
@@ -118,6 +122,8 @@ def test_a_loss_that_changes_its_kind_at_a_later_step_keeps_the_state(match):
         ({"x": torch.empty(0, 6)}, "empty"),
         ((), "no tensors"),
         ("words", "no tensors"),
+        (np.ones((4, 6), np.float32), "from_numpy"),
+        ({"x": np.ones((4, 6), np.float32)}, "from_numpy"),
     ],
 )
 def test_empty_batches_and_those_elsewhere_are_refused(batch, match):
@@ -286,3 +292,99 @@ def test_a_clipping_norm_that_is_none_is_refused(clip):
     profile = slimgrad.measure(model, optimizer, lambda m, b: m(b).sum(), batch, limit_s=0.0)
     with pytest.raises(PlanError, match="clip_grad_norm"):
         slimgrad.plan(profile, "min", clip_grad_norm=clip)
+
+
+STAGES = {
+    "slim": lambda *objects: slimgrad.slim(*objects, torch.randn(4, 6), budget="min"),
+    "measure": lambda *objects: slimgrad.measure(*objects, torch.randn(4, 6)),
+    "apply": lambda *objects: slimgrad.apply(hand_plan(*small()[:2]), *objects),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_arguments_in_each_others_place_are_told(stage):
+    model, optimizer, _ = small()
+    for objects, match in (
+        ((optimizer, model, squares), "each other's place"),
+        ((model, squares, optimizer), "torch.optim.Optimizer or None.*function"),
+        ((squares, optimizer, model), "torch.nn.Module for the model, found function"),
+        ((model, optimizer, torch.ones(2)), "function for loss_fn, found Tensor"),
+    ):
+        with pytest.raises(ArgumentError, match=match):
+            STAGES[stage](*objects)
+        with pytest.raises(TypeError):
+            STAGES[stage](*objects)
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(UnsupportedError, match="bfloat16"):
+        STAGES[stage](model, scaler, squares)
+
+
+def test_a_loss_that_fails_is_told_plainly():
+    def failing(model, batch):
+        return model(batch.flatten()).square().mean()
+
+    model, optimizer, batch = small()
+    with pytest.raises(LossError, match="forward and backward pass of loss_fn failed"):
+        slimgrad.measure(model, optimizer, failing, batch)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, optimizer, _ = small()
+    with pytest.raises(LossError, match="failed on fake tensors"):
+        slimgrad.measure(model, optimizer, failing, batch)
+
+
+class Root(nn.Module):
+    """Its value at 0 is finite, its derivative there is not."""
+
+    def forward(self, x):
+        return (x * 0).abs().sqrt()
+
+
+@pytest.mark.parametrize("budget", ["90%", "min", "1%"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_first_batch_whose_loss_is_no_number_is_told_as_that(budget, verify):
+    model, optimizer, batch = small()
+    before = state_of(model, optimizer)
+    batch[-1, 0] = float("nan")
+    if verify or budget == "1%":
+        with pytest.raises(NonFiniteLoss, match="sample batch"):
+            slimgrad.slim(model, optimizer, squares, batch, budget=budget, verify=verify)
+    else:
+        step = slimgrad.slim(model, optimizer, squares, batch, budget=budget, verify=verify)
+        with pytest.raises(NonFiniteLoss, match="step 1"):
+            step(batch)
+        step.undo()
+    assert_unchanged(model, optimizer, before)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_first_batch_whose_gradient_is_no_number_is_told_as_that(trains):
+    model, _, batch = small()
+    model.append(Root())
+    optimizer = adamw(model)
+    before = state_of(model, optimizer)
+    with pytest.raises(NonFiniteLoss, match=r"gradient"):
+        slimgrad.slim(model, optimizer if trains else None, squares, batch, budget="min")
+    assert_unchanged(model, optimizer, before)
+
+
+def test_keys_of_a_plan_file_are_told_in_plain_words(tmp_path):
+    model, optimizer, _ = small()
+    path = tmp_path / "plan.json"
+    hand_plan(model, optimizer, *recomputed(model)).save(path)
+    data = json.loads(path.read_text())
+    first = data["choices"][0]
+    without = {k: v for k, v in data.items() if k != "fingerprint"}
+    for broken, match in (
+        (data | {"budjet": 1}, "the plan has an unknown key 'budjet'; did you mean 'budget'"),
+        (without, "the plan lacks the key 'fingerprint'"),
+        (data | {"choices": [first | {"wher": 1}]}, "choice 1 has an unknown key 'wher'"),
+        (data | {"choices": [{"path": "0", "fields": {}}]}, "choice 1 lacks the key 'method'"),
+        (data | {"choices": ["recompute"]}, "choice 1 must be an object"),
+        (data | {"choices": "recompute"}, "'choices' must be a list"),
+        (data | {"batch_shapes": {"x": 3}}, "not a plan"),
+    ):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(PlanError, match=match) as caught:
+            slimgrad.Plan.load(path)
+        assert "KeyError" not in str(caught.value)

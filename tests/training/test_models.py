@@ -11,9 +11,11 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from slimgrad.errors import GgufError, LoadError
+from slimgrad.measuring.fake import is_fake
 from slimgrad.training import gguf_reading, models
 from slimgrad.training.models import load_model, packaged_file
 
@@ -303,3 +305,16 @@ def test_the_packaged_language_model():
     assert peak_mib < 1280
     assert kept_mib < 800
     assert loss < 5  # a model of random weights would be at log(49152) = 10.8
+
+
+@pytest.mark.parametrize("names_its_class", [True, False])
+def test_a_model_without_its_weights_takes_no_memory(folder, tmp_path, names_its_class):
+    config = json.loads((folder / "config.json").read_text())
+    if not names_its_class:  # as a GGUF file does not
+        del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with FakeTensorMode():
+        model = models.unloaded_model(str(tmp_path))
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.training
+    assert is_fake(next(model.parameters()))

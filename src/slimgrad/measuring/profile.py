@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from slimgrad.batches import Shapes, shapes_from_json
 from slimgrad.errors import PlanError
 from slimgrad.measuring.clock import Rates
 from slimgrad.measuring.ledger import MemoryTimeline
@@ -64,6 +65,7 @@ class Profile:
     measured_s: float | None = None
     faked: bool = True
     versions: dict[str, str] = field(default_factory=dict)
+    batch_shapes: Shapes = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -205,6 +207,7 @@ def profile_from_json(data: Mapping[str, Any]) -> Profile:
     law = dict(data["law"])
     law["parameters"] = tuple(ParameterLaw(**_as_tuples(p, "shape")) for p in law["parameters"])
     plain |= {
+        "batch_shapes": shapes_from_json(data.get("batch_shapes", {})),
         "law": OptimizerLaw(**law),
         "rates": Rates(**data["rates"]),
         "modules": [ModuleCost(**m) for m in data["modules"]],

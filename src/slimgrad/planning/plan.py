@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from slimgrad import catalogue
+from slimgrad.batches import Shapes, shapes_from_json
 from slimgrad.errors import BudgetError, PlanError
 from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.profile import Profile, field_from_json, versions
 from slimgrad.method import Method, Update, hyperparameters, method_name
 from slimgrad.planning.calls import Changes
 from slimgrad.planning.offers import Allowed, Scheme, check_allowed, options, refusals, schemes
+from slimgrad.planning.plan_file import check_plan_keys
 from slimgrad.planning.settings import layout_of
 from slimgrad.planning.simulate import Layout
 from slimgrad.planning.solve import Programme, Solution
+from slimgrad.planning.splitting import check_largest_batch, weighing_of
 from slimgrad.types import Budget, BudgetLike, Column, Exactness, format_bytes
 
 FORMAT = 1
@@ -61,6 +64,10 @@ class Plan:
     device: str = "cpu"
     tightened_bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=versions)
+    batch_shapes: Shapes = field(default_factory=dict)  # of the batch that was planned for
+    weighing: Mapping[str, Any] | None = (
+        None  # of parts of a larger batch; None: it cannot be split
+    )
     timeline: MemoryTimeline | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -84,6 +91,8 @@ class Plan:
         try:
             data = json.loads(Path(path).read_text())
             return plan_from_json(data)
+        except PlanError as error:
+            raise PlanError(f"{path} is not a plan written by Plan.save: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is not a plan written by Plan.save: {error!r}") from error
 
@@ -100,7 +109,8 @@ def _choice_from_json(data: Mapping[str, Any]) -> Choice:
 
 
 def plan_from_json(data: Mapping[str, Any]) -> Plan:
-    """A plan from plain data; raises KeyError, TypeError or ValueError where it is not one."""
+    """A plan from plain data; raises PlanError, KeyError, TypeError or ValueError where it is not one."""
+    check_plan_keys(data, Plan, Choice)
     if data["format"] != FORMAT:
         raise ValueError(f"format {data['format']} is not {FORMAT}")
     known = {n: data[n] for n in Plan.__dataclass_fields__ if n in data}
@@ -109,6 +119,7 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
         "choices": tuple(_choice_from_json(c) for c in data["choices"]),
         "allow": tuple(data["allow"]),
         "needs_step": tuple(data["needs_step"]),
+        "batch_shapes": shapes_from_json(data.get("batch_shapes", {})),
     }
     for name in ("budget_bytes", "peak_bytes", "plain_peak_bytes"):
         if not isinstance(known[name], int):
@@ -130,10 +141,13 @@ def plan(
     """The fastest set of allowed methods whose predicted peak fits the budget.
 
     ``reserve_bytes`` is kept free below the budget (what measuring showed the prediction to be short of).
+    ``largest_batch`` is the largest that will come: a profile that was measured for a smaller one is refused.
 
     Raises ``BudgetFormatError`` for a budget that cannot be read, ``BudgetError`` where nothing allowed fits,
-    with the smallest peak that does and what looser rungs would reach.
+    with the smallest peak that does and what looser rungs would reach, ``PlanError`` for a profile of a batch
+    smaller than ``largest_batch``.
     """
+    check_largest_batch(profile, largest_batch)
     allowed = allowed_by(exactness, error, allow, clip_grad_norm)
     asked = Budget.parse(budget)
     limit, best = solved(profile, asked, allowed, reserve_bytes)
@@ -259,6 +273,8 @@ def _plan_of(profile: Profile, allowed: Allowed, asked: Budget, limit: int, best
         clip_grad_norm=allowed.clip_grad_norm,
         needs_step=tuple(_needs_step(best)),
         device=profile.device,
+        batch_shapes=profile.batch_shapes,
+        weighing=weighing_of(profile, allowed),
         timeline=timeline,
     )
 

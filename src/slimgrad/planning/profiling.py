@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from slimgrad import catalogue
-from slimgrad.batches import batch_size, check_batch
+from slimgrad.batches import batch_shapes, batch_size, check_batch
 from slimgrad.errors import LossError, ModelError, SlimgradError
 from slimgrad.host import Host, LossFn
 from slimgrad.measuring.blocks import cut, cut_large
@@ -25,6 +25,7 @@ from slimgrad.measuring.trace import Trace, trace_step
 from slimgrad.measuring.tracker import device_of
 from slimgrad.method import Block, Method, Refusal, Rewriting, Scope, hyperparameters, method_name
 from slimgrad.methods.gradients.micro_batches import has_batch_statistics
+from slimgrad.planning.arguments import check_arguments
 from slimgrad.planning.calls import call_bytes, call_seconds
 from slimgrad.planning.settings import plain_record
 from slimgrad.planning.simulate import Layout
@@ -50,6 +51,7 @@ def measure(
     Raises ``BatchError``, ``ModelError``, ``LossError`` or ``UnsupportedError`` for input that cannot be
     trained on.
     """
+    check_arguments(model, optimizer, loss_fn)
     check_model(model, optimizer)
     check_batch(batch, device_of(model))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -102,8 +104,12 @@ def _traced(
     except SlimgradError:
         raise
     except Exception as fake_error:
-        if fake_only or any(is_fake(p) for p in host.model.parameters()):
+        if fake_only:
             raise
+        if any(is_fake(p) for p in host.model.parameters()):
+            raise LossError(
+                f"one forward and backward pass of loss_fn failed on fake tensors: {fake_error!r}"
+            ) from fake_error
         try:
             return trace_step(host.model, host.loss_fn, shares, paths, keys, fake=False)
         except SlimgradError:
@@ -222,6 +228,7 @@ def _profile(
         backward_s=float(plain.op_seconds[backward].sum()),
         update_s=law.seconds_per_element * sum(int(np.prod(p.shape)) for p in law.parameters),
         versions=versions(),
+        batch_shapes=batch_shapes(batch),
     )
 
 

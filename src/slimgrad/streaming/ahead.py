@@ -95,6 +95,12 @@ class ReadAhead:
             for transfer in transfers:
                 transfer.wait()
 
+    def release(self) -> None:
+        """Free the buffers until the next slice is asked for: between updates they would be live for nothing."""
+        self.forget()
+        self.drain()
+        self._buffers.clear()
+
     def _fill(self, now: Ready, *, is_written: bool) -> None:
         """Have slices on their way into all buffers but that of ``now``, once written into that one too."""
         is_over = is_written and now.cut == (self._cuts(now.parameter) or [now.cut])[-1]

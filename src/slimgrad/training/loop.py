@@ -130,11 +130,19 @@ def _train_within(
     job = open_job(request.spec)
     return_freed_memory()
     made, profile = _planned(request, job, listener)
-    step = apply(made, job.model, job.optimizer, loss_fn, clip_grad_norm=request.clip_grad_norm)
+    step = apply(
+        made,
+        job.model,
+        job.optimizer,
+        loss_fn,
+        clip_grad_norm=request.clip_grad_norm,
+        profile=profile,
+    )
     done = _resume(request, job, step) if request.resume else 0
     result = TrainResult(made, [], 0, None, None, None, reference)
     listener.phase(f"training {request.num_steps} steps within {made.budget}")
     _run_steps(request, job, step, done, result, listener)
+    result.plan = step.plan  # tightened, where a first step passed the budget
     if request.out is not None:
         result.checkpoint = _save(request, job, step, request.num_steps)
     high = high_water_bytes()

@@ -96,7 +96,9 @@ def unloaded_model(spec: str) -> nn.Module:
     with _quiet_transformers() as transformers, _as_load_error(path):
         config = transformers.AutoConfig.from_pretrained(folder, **place)
         wanted = (config.architectures or ["AutoModelForCausalLM"])[0]
-        return getattr(transformers, wanted)._from_config(config).train()
+        cls = getattr(transformers, wanted)  # the automatic one makes a model by another name
+        make = cls.from_config if wanted.startswith("Auto") else cls._from_config
+        return make(config).train()
 
 
 def packaged_file(name: str) -> Path:

@@ -34,6 +34,7 @@ class Report:
     time_ratio: float | None = None
     checks: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    non_finite: list[str] = field(default_factory=list)  # parameters whose plain gradient is not
 
     @property
     def passed(self) -> bool:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from slimgrad.applying.first_steps import MeasuredStep, Tightening
 from slimgrad.applying.step import Step, apply, refuse_applied
-from slimgrad.errors import VerificationError
+from slimgrad.errors import BudgetError, NonFiniteLoss, VerificationError
 from slimgrad.host import LossFn
-from slimgrad.planning.plan import plan
+from slimgrad.planning.arguments import check_arguments
+from slimgrad.planning.plan import Plan, plan
 from slimgrad.planning.profiling import measure
+from slimgrad.planning.tighten import Replan, tightened
 from slimgrad.types import Budget, BudgetLike, Exactness, format_bytes
 from slimgrad.verifying.report import Report
+from slimgrad.verifying.sample_loss import refuse_non_finite
 from slimgrad.verifying.verify import verify as verify_step
 
 _TIGHTENINGS = 3
@@ -36,58 +40,94 @@ def slim(
     clip_grad_norm: float | None = None,
     verify: bool = True,
     folder: str | Path | None = None,
+    on_larger: str = "split",
 ) -> Step:
     """Fit one training step of ``model`` into ``budget``: measure, plan, apply, verify.
 
-    Returns a ``Step``: ``loss = step(batch)`` is forward, backward and optimizer. ``largest_batch`` is planned
-    for instead of ``batch``; ``folder`` is where offloaded bytes go. With ``verify`` the step's peak is measured
-    and its gradients are compared with plain training's before it is returned (``step.report``); where the peak
-    is above the budget, the plan is tightened by the difference and made again.
+    Returns a ``Step``: ``loss = step(batch)`` is forward, backward and optimizer. ``largest_batch`` is measured,
+    planned for and verified instead of ``batch``; what is done later with a batch that is longer still,
+    ``on_larger`` says (see ``apply``). ``folder`` is where offloaded bytes go. With ``verify`` the step's peak is
+    measured and its gradients are compared with plain training's before it is returned (``step.report``); where the
+    peak is above the budget, the plan is made again with what the prediction was short of kept free. Without,
+    nothing is run now and gradients are not compared: the step measures its own first three calls instead, and
+    tightens its plan between them (``step.history``, ``step.tightenings``).
 
-    Raises ``BudgetError`` where nothing allowed fits, ``VerificationError`` (everything undone) where the
-    planned step does not do what plain training does, and what ``measure``, ``plan`` and ``apply`` raise.
+    Raises ``BudgetError`` where nothing allowed fits, ``NonFiniteLoss`` where the loss of the sample batch is NaN or
+    infinite, ``VerificationError`` (everything undone) where the planned step does not do what plain training
+    does, ``ArgumentError`` for arguments in each other's place, and what ``measure``, ``plan`` and ``apply`` raise.
     """
+    check_arguments(model, optimizer, loss_fn)
     asked = Budget.parse(budget)
     refuse_applied(model)
     sample = batch if largest_batch is None else largest_batch
     profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes)
-    reserve, over, report = 0, 0, None
-    for _ in range(_TIGHTENINGS):
-        made = plan(
-            profile,
-            asked,
-            exactness=exactness,
-            error=error,
-            allow=allow,
-            clip_grad_norm=clip_grad_norm,
-            reserve_bytes=reserve,
-        )
-        made = replace(made, tightened_bytes=reserve)
-        step = apply(made, model, optimizer, loss_fn, clip_grad_norm=clip_grad_norm, folder=folder)
-        step.profile = profile
-        if not verify:
-            return step
+    wanted = {"exactness": exactness, "error": error, "allow": allow}
+    replan = functools.partial(plan, profile, asked, clip_grad_norm=clip_grad_norm, **wanted)
+    applied = functools.partial(
+        apply, clip_grad_norm=clip_grad_norm, folder=folder, profile=profile, on_larger=on_larger
+    )
+    try:
+        made = replan(reserve_bytes=0)
+    except BudgetError:
+        refuse_non_finite(model, loss_fn, sample)  # parts of such a batch cannot be weighed
+        raise
+
+    def attached(made: Plan) -> Step:
+        return applied(made, model, optimizer, loss_fn)
+
+    if verify:
+        return _tightened_until_verified(made, replan, attached, sample)
+    step = attached(made)
+    step.measure_first(replan)
+    return step
+
+
+def _tightened_until_verified(
+    made: Plan, replan: Replan, applied: Callable[[Plan], Step], sample: Any
+) -> Step:
+    told: list[Tightening] = []
+    while True:
+        step = applied(made)
         report = _verified(step, sample)
         over = report.peak_bytes - made.budget_bytes
-        if over <= 0 or asked.is_min:
+        if over <= 0 or Budget.parse(made.budget).is_min:
             step.report = report
             step.num_steps = 0  # those of the verification were put back
+            # the ledger has seen this step; the allocator's own peak on CUDA may be higher
+            step.measure_first(replan if step.host.device.type == "cuda" else None, told)
             return step
         step.undo()
-        reserve += over
-    raise VerificationError(
-        f"the measured peak stays {format_bytes(over)} above the budget after {_TIGHTENINGS} tightened plans; "
-        "everything was undone. Give a larger budget",
-        report=report,
-    )
+        if len(told) == _TIGHTENINGS:
+            raise VerificationError(
+                f"the measured peak stays {format_bytes(over)} above the budget after {_TIGHTENINGS} tightened "
+                "plans; everything was undone. Give a larger budget",
+                report=report,
+            )
+        before, seen = made, MeasuredStep(0, report.peak_bytes, made.peak_bytes, made.budget_bytes)
+        made = tightened(made, replan, report.peak_bytes, made.peak_bytes)
+        told.append(Tightening(seen, made.tightened_bytes, before, made))
 
 
 def _verified(step: Step, sample: Any) -> Report:
     try:
         report = verify_step(step, sample)
+    except NonFiniteLoss as error:
+        step.undo()
+        refuse_non_finite(step.host.model, step.host.loss_fn, sample)
+        raise NonFiniteLoss(
+            "the loss of the sample batch is finite, but its gradient is not: after updates by it the loss is NaN "
+            "or infinite. No plan can be verified on this batch, and everything was undone. Lower the learning "
+            f"rate, or look at the batch and at the model's weights ({error})"
+        ) from error
     except BaseException:
         step.undo()
         raise
+    if report.non_finite:
+        step.undo()
+        raise NonFiniteLoss(
+            "the gradient of the sample batch is NaN or infinite in plain training too "
+            f"({', '.join(report.non_finite[:3])}), so no plan can be verified on it; everything was undone"
+        )
     if not report.passed:
         step.undo()
         failed = ", ".join(name for name, ok in report.checks.items() if not ok)

@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from slimgrad.applying.first_steps import NUM_MEASURED
 from slimgrad.applying.step import Step
 from slimgrad.host import Host
 from slimgrad.measuring.model_cache import switch_off_cache
@@ -76,10 +77,13 @@ def _free_bytes(host: Host) -> int:
 def _measured_peak(step: Step, batch: Any) -> int:
     with step.suspended():
         snapshot = Snapshot(step.host.model, step.host.optimizer)
-    step(batch)  # the first step makes the optimizer's state; the second is like all others
-    with step.ledger(batch) as ledger:
-        step(batch)
-    _restore(step, snapshot)
+    try:
+        for _ in range(NUM_MEASURED - 1):
+            step(batch)
+        with step.ledger(batch) as ledger:  # like all that follow
+            step(batch)
+    finally:
+        _restore(step, snapshot)
     return ledger.peak_bytes
 
 
@@ -207,6 +211,7 @@ def _judge_rounding(report: Report, plain: Outcome, slim: Outcome, wide: Outcome
 def _figures(report: Report, plain: Outcome, slim: Outcome) -> None:
     report.loss_error = abs(slim.loss - plain.loss) / max(abs(plain.loss), 1e-12)
     report.gradient_error = relative_error(slim.gradients, plain.gradients)
+    report.non_finite = [n for n, g in plain.gradients.items() if not bool(g.isfinite().all())]
     report.update_error = relative_error(slim.moves, plain.moves)
     report.buffers_equal = same_bits(slim.buffers, plain.buffers)
     assert plain.random is not None

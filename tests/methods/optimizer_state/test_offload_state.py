@@ -333,16 +333,27 @@ def test_state_can_be_read_in_slices():
     assert longest == 64 // 4
 
 
-def test_buffers_are_what_the_offer_says():
+@pytest.mark.parametrize("during", [False, True])
+def test_buffers_are_what_the_offer_says(during):
+    """They stay where backward uses them; else they are gone when the updates are done."""
     host = training(OPTIMIZERS["adamw"])
     method = OffloadState(slice_bytes=64, num_buffers=3)
     method.attach(Block("", Scope.MODEL, host=host))
+    if during:
+        update_during_backward(host)
+    streamed, update, seen = StreamedUpdate.of(host), host.update, set()
+
+    def looking(parameter):
+        update(parameter)
+        seen.add(streamed.ahead.buffer_bytes)
+
+    host.update = looking
     step = Driver(host)
     for batch in batches(3):
         step(batch)
-    streamed = StreamedUpdate.of(host)
     offer = method.offer(Block("", Scope.MODEL, record(largest_parameter_bytes=66 * 4)))
-    assert streamed.ahead.buffer_bytes == offer.record.buffer_bytes == 3 * 2 * 64
+    assert max(seen) == offer.record.buffer_bytes == 3 * 2 * 64
+    assert streamed.ahead.buffer_bytes == (max(seen) if during else 0)
 
 
 def test_the_next_parameter_is_read_ahead():

@@ -143,6 +143,7 @@ class _OwnStep:
                 if not self._frees and parameter.grad is not None:
                     self._kept.append((parameter, parameter.grad))
                 parameter.grad = None
+            self._streamed.ahead.release()
         except BaseException:
             self.after()
             raise
