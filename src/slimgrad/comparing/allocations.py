@@ -1,0 +1,57 @@
+"""The peak of a stretch of code from the profiler's allocation events.
+
+They see what compiled code and kernels allocate, which no dispatch mode does; they know nothing of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import profile
+from torch.optim import Optimizer
+
+from slimgrad.batches import named_tensors
+from slimgrad.measuring.tracker import plain_tensors
+
+
+def held_bytes(
+    model: nn.Module, optimizer: Optimizer | None, batch: Any, others: Iterable[Tensor] = ()
+) -> int:
+    """Bytes of the storages of weights, buffers, gradients, optimizer state and batch, each counted once."""
+    held: list[Any] = [*model.parameters(), *model.buffers(), *others]
+    held += [p.grad for p in model.parameters()]
+    if optimizer is not None:
+        held += [dict(state) for state in optimizer.state.values()]
+    held += named_tensors(batch).values()
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in plain_tensors(held)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def allocated_peak(run: Callable[[], object], before_bytes: int = 0) -> int:
+    """The most bytes allocated on the CPU at any instant of ``run``, ``before_bytes`` of them from the start.
+
+    Memory freed by ``run`` that was allocated before it is taken off: name it in ``before_bytes``.
+    """
+    with profile(profile_memory=True) as profiler:
+        run()
+    results: Any = profiler.kineto_results
+    assert results is not None
+    now = peak = before_bytes
+    for _, size in sorted(_allocations(results.experimental_event_tree()), key=lambda e: e[0]):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def _allocations(roots: Iterable[Any]) -> Iterable[tuple[int, int]]:
+    """When, and by how many bytes (negative: freed), for every event of the trees."""
+    pending = list(roots)
+    allocation = torch._C._profiler._EventType.Allocation
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == allocation and event.typed[1].device.type == "cpu":
+            yield event.start_time_ns, event.typed[1].alloc_size
