@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile
 from torch.optim import Optimizer
 
@@ -35,12 +35,13 @@ def allocated_peak(run: Callable[[], object], before_bytes: int = 0) -> int:
 
     Memory freed by ``run`` that was allocated before it is taken off: name it in ``before_bytes``.
     """
-    with profile(profile_memory=True) as profiler:
+    profiler: Any = profile(profile_memory=True)
+    with profiler:
         run()
-    results: Any = profiler.kineto_results
-    assert results is not None
     now = peak = before_bytes
-    for _, size in sorted(_allocations(results.experimental_event_tree()), key=lambda e: e[0]):
+    for _, size in sorted(
+        _allocations(profiler.kineto_results.experimental_event_tree()), key=lambda e: e[0]
+    ):
         now += size
         peak = max(peak, now)
     return peak
@@ -49,7 +50,7 @@ def allocated_peak(run: Callable[[], object], before_bytes: int = 0) -> int:
 def _allocations(roots: Iterable[Any]) -> Iterable[tuple[int, int]]:
     """When, and by how many bytes (negative: freed), for every event of the trees."""
     pending = list(roots)
-    allocation = torch._C._profiler._EventType.Allocation
+    allocation = _EventType.Allocation
     while pending:
         event = pending.pop()
         pending += event.children

@@ -71,7 +71,8 @@ def _is_dense(tensor: Tensor) -> bool:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a dense tensor."""
     flat = tensor.as_strided((tensor.numel(),), (1,))
-    return memoryview(flat.view(torch.uint8).numpy())
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 @contextmanager

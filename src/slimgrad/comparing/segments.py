@@ -83,9 +83,12 @@ def _checkpointed(
         return x
 
     def under_checkpoint(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(run, x, *args, use_reentrant=False, **kwargs)
+
+    def under_policy(x: Any, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(run, x, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
 
-    return under_checkpoint
+    return under_checkpoint if context_fn is noop_context_fn else under_policy
 
 
 def _handed_on(x: Any, *_args: Any, **_kwargs: Any) -> Any:

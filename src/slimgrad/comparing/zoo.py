@@ -60,16 +60,21 @@ def chains(model: nn.Module) -> list[list[str]]:
     return list(found.values())
 
 
+def check_name(name: str) -> None:
+    """Raise ``LoadError`` for a name that no model of the zoo has."""
+    if name not in ZOO:
+        near = difflib.get_close_matches(name, ZOO, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise LoadError(f"no model {name!r} to compare on: {hint}Expected some of {', '.join(ZOO)}")
+
+
 def subject(name: str, size: str = "normal", *, seed: int = 0) -> Subject:
     """The model of that name: the same weights and batch for the same seed.
 
     ``size`` "normal" fits two CPU cores (a plain step takes around a second), "small" is for tests. Raises
     ``LoadError`` for an unknown name or size, and where a package that the model comes in is missing.
     """
-    if name not in ZOO:
-        near = difflib.get_close_matches(name, ZOO, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise LoadError(f"no model {name!r} to compare on: {hint}Expected some of {', '.join(ZOO)}")
+    check_name(name)
     if size not in SIZES:
         raise LoadError(f"no size {size!r}: expected {' or '.join(SIZES)}")
     with torch.random.fork_rng(devices=[]):
