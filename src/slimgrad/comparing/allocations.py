@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile
 from torch.optim import Optimizer
@@ -17,11 +17,9 @@ from slimgrad.batches import named_tensors
 from slimgrad.measuring.tracker import plain_tensors
 
 
-def held_bytes(
-    model: nn.Module, optimizer: Optimizer | None, batch: Any, others: Iterable[Tensor] = ()
-) -> int:
+def held_bytes(model: nn.Module, optimizer: Optimizer | None, batch: Any) -> int:
     """Bytes of the storages of weights, buffers, gradients, optimizer state and batch, each counted once."""
-    held: list[Any] = [*model.parameters(), *model.buffers(), *others]
+    held: list[Any] = [*model.parameters(), *model.buffers()]
     held += [p.grad for p in model.parameters()]
     if optimizer is not None:
         held += [dict(state) for state in optimizer.state.values()]
@@ -33,7 +31,7 @@ def held_bytes(
 def allocated_peak(run: Callable[[], object], before_bytes: int = 0) -> int:
     """The most bytes allocated on the CPU at any instant of ``run``, ``before_bytes`` of them from the start.
 
-    Memory freed by ``run`` that was allocated before it is taken off: name it in ``before_bytes``.
+    What was allocated before counts to the end: the profiler does not tell when such memory is freed.
     """
     profiler: Any = profile(profile_memory=True)
     with profiler:

@@ -37,12 +37,13 @@ def memory_of(runner: Runner, device: torch.device, *, compiled: bool) -> Memory
     if device.type == "cuda":
         peak = _cuda_peak(runner, device)
         return Memory(peak, "cuda", peak)
-    before = held_bytes(runner.model, runner.optimizer, runner.batch, runner.staging())
-    allocator = allocated_peak(runner.step, before)
     if compiled:
+        before = held_bytes(runner.model, runner.optimizer, runner.batch)
+        allocator = allocated_peak(runner.step, before)
         return Memory(allocator, "allocator", allocator)
     with runner.ledger() as ledger:
         runner.step()
+    allocator = allocated_peak(runner.step, int(ledger.timeline.total[0]))
     columns = ledger.columns
     return Memory(
         ledger.peak_bytes,

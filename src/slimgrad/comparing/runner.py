@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -41,10 +40,6 @@ class Runner(Protocol):
         """A ledger that knows this contender's tensors."""
         ...
 
-    def staging(self) -> Iterable[Tensor]:
-        """Buffers that live from step to step besides weights and state."""
-        ...
-
     def park(self) -> None:
         """Leave the device until the next turn: weights to host memory, optimizer state dropped."""
         ...
@@ -68,9 +63,6 @@ class _Copy:
         self.optimizer = subject.optimizer(self.model)
         self.batch = map_tensors(lambda t: t.to(device), subject.batch)
         torch.manual_seed(SEED)
-
-    def staging(self) -> Iterable[Tensor]:
-        return ()
 
     def park(self) -> None:
         self.optimizer.state.clear()
@@ -144,10 +136,6 @@ class SlimRunner(_Copy):
     def ledger(self) -> Ledger:
         """The step's own ledger, staging buffers named."""
         return self.applied.ledger(self.batch)
-
-    def staging(self) -> Iterable[Tensor]:
-        """The staging buffers of offloaded state."""
-        return [tensor for _, tensor in self.applied.host.owned]
 
     def close(self) -> None:
         """Undo the plan."""
