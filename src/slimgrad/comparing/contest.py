@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -100,6 +101,7 @@ class _Model:
         return self.made
 
     def _enter(self, made: Subject) -> None:
+        self._warm(made)
         self.plain = self._prepared(self._peer(PLAIN, "plain", made))
         if self.plain is None:
             return
@@ -115,6 +117,15 @@ class _Model:
             if row.peak_bytes is not None and row.error is None:
                 name, size = f"slimgrad@{row.contender}", format_bytes(row.peak_bytes)
                 self._prepared(self._slim(name, size, row.peak_bytes, made, profile))
+
+    def _warm(self, made: Subject) -> None:
+        """On CUDA libraries keep workspaces from their first use on: let them be there before the first contender."""
+        if self.contest.device.type != "cuda":
+            return
+        with suppress(Exception):  # what fails here fails again below, where it is noted
+            runner = PeerRunner(PLAIN, made, self.contest.device)
+            runner.step()
+            runner.close()
 
     def _peer(self, peer: Peer, kind: str, made: Subject) -> Contender:
         row = Row(self.name, peer.name, kind, compiled=peer.compiled, note=made.note)
