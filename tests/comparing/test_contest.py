@@ -209,6 +209,9 @@ def test_ratios_of_compiled_rows_are_of_the_profilers_peaks():
     ours.compare(plain)
     assert ours.peak_ratio == 0.25
     assert ours.time_ratio is None
+    slim = Row("m", "slimgrad@x", "slimgrad", peak_from="ledger", peak_bytes=24)
+    (duel,) = duels([plain, ours, slim])
+    assert (duel.peer_bytes, duel.slim_bytes) == (25, 24)
 
 
 def test_the_command_writes_rows_tables_page_and_plot(tmp_path):

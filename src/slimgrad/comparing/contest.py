@@ -114,9 +114,10 @@ class _Model:
         for budget in self.contest.budgets:
             self._prepared(self._slim(f"slimgrad {budget}", budget, budget, made, profile))
         for row in [contender.row for contender in peers]:
-            if row.peak_bytes is not None and row.error is None:
-                name, size = f"slimgrad@{row.contender}", format_bytes(row.peak_bytes)
-                self._prepared(self._slim(name, size, row.peak_bytes, made, profile))
+            peak = row.peak_like(self.made[0])
+            if peak is not None and row.error is None:
+                name = f"slimgrad@{row.contender}"
+                self._prepared(self._slim(name, format_bytes(peak), peak, made, profile))
 
     def _warm(self, made: Subject) -> None:
         """On CUDA libraries keep workspaces from their first use on: let them be there before the first contender."""

@@ -63,16 +63,26 @@ class Row:
         """Whether both ratios are there: the row is a point of the picture."""
         return self.peak_ratio is not None and self.time_ratio is not None
 
+    def peak_like(self, plain: Row) -> int | None:
+        """The peak in the bytes that plain's is measured in: what slimgrad is given for a budget.
+
+        Of a compiled step its share of plain's peak by the profiler, taken of plain's own peak: kernels'
+        workspaces, which the profiler counts and the ledger does not, are in both or in neither.
+        """
+        if self.peak_from == plain.peak_from or self.peak_bytes is None:
+            return self.peak_bytes
+        if not plain.allocator_bytes or not plain.peak_bytes:
+            return None
+        return int(self.peak_bytes / plain.allocator_bytes * plain.peak_bytes)
+
     def compare(self, plain: Row) -> None:
         """Fill in the median time and the ratios to ``plain``."""
         self.time_s = median(self.times_s) if self.times_s else None
         if self.time_s is not None and plain.times_s:
             self.time_ratio = self.time_s / median(plain.times_s)
-        ours, theirs = self.peak_bytes, plain.peak_bytes
-        if self.peak_from == "allocator":  # like with like
-            ours, theirs = self.allocator_bytes, plain.allocator_bytes
-        if ours is not None and theirs:
-            self.peak_ratio = ours / theirs
+        peak = self.peak_like(plain)
+        if peak is not None and plain.peak_bytes:
+            self.peak_ratio = peak / plain.peak_bytes
 
 
 def measured_on(device: torch.device) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from slimgrad.comparing.rows import Row
 class Duel:
     """One peer and slimgrad planned for exactly the peer's measured peak; nothing is interpolated.
 
+    ``peer_bytes`` is that peak as ``Row.peak_like`` gives it.
+
     ``time_ratio`` is slimgrad's median time over the peer's, below one where slimgrad is faster; None where one
     of the two has no time, with the ``reason``.
     """
@@ -37,19 +39,20 @@ class Prediction:
 
 
 def duels(rows: Sequence[Row]) -> list[Duel]:
-    """A duel for each peer of one model that was measured."""
+    """A duel for each peer of one model that was measured; the first row is plain training's."""
     named = {row.contender: row for row in rows}
     found: list[Duel] = []
     for row in rows:
-        if row.kind != "peer" or row.peak_bytes is None or row.error is not None:
+        peer_bytes = row.peak_like(rows[0])
+        if row.kind != "peer" or peer_bytes is None or row.error is not None:
             continue
         slim = named.get(f"slimgrad@{row.contender}")
         if slim is None:
-            found.append(Duel(row.model, row.contender, row.peak_bytes, None, None, "not planned"))
+            found.append(Duel(row.model, row.contender, peer_bytes, None, None, "not planned"))
             continue
         ratio = slim.time_s / row.time_s if slim.time_s and row.time_s and not slim.error else None
         peak = None if slim.error else slim.peak_bytes
-        found.append(Duel(row.model, row.contender, row.peak_bytes, peak, ratio, slim.error or ""))
+        found.append(Duel(row.model, row.contender, peer_bytes, peak, ratio, slim.error or ""))
     return found
 
 
