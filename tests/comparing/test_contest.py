@@ -152,6 +152,40 @@ def test_a_peer_that_fails_is_a_row_with_its_error():
     assert "slimgrad@broken" not in named(found)
 
 
+class _Slow(Peer):
+    """Compiles for ever."""
+
+    def loss_fn(self, subject):
+        def compile_first(model, batch):
+            time.sleep(5)
+            return subject.loss_fn(model, batch)
+
+        return compile_first
+
+
+def test_compiling_that_takes_too_long_is_given_up_once_for_all_peers():
+    slow = [_Slow("compile", "", compile_budget=1.0), _Slow("compile-0.5", "", compile_budget=0.5)]
+    asked = Contest(["unet"], slow, [], 1, 1, "small", compile_limit_s=0.1)
+    (found,) = run(asked)
+    assert named(found)["compile"].error.startswith("TimeoutError")
+    assert "not tried" in named(found)["compile-0.5"].error
+    assert named(found)["plain"].time_ratio == 1.0
+
+
+def test_what_pytorch_does_not_compile_is_not_called_compiled():
+    (found,) = run(
+        Contest(["unet"], [_Uncompiled("compile", "", compile_budget=1.0)], [], 1, 1, "small")
+    )
+    assert "nothing was compiled" in named(found)["compile"].error
+
+
+class _Uncompiled(Peer):
+    """What PyTorch falls back to, silently."""
+
+    def loss_fn(self, subject):
+        return subject.loss_fn
+
+
 def test_a_contender_that_fails_in_its_turn_leaves_the_others_going(monkeypatch):
     def fail_in_turn(self, num_steps):
         if self.row.contender == "offload":
@@ -230,7 +264,7 @@ def test_the_command_writes_rows_tables_page_and_plot(tmp_path):
 
 
 def test_the_command_prints_rows_as_json(tmp_path):
-    options = ["--models", "deep", "--size", "small", "--peers", "none", "--budgets", "100%"]
+    options = ["--models", "unet", "--size", "small", "--peers", "none", "--budgets", "100%"]
     options += ["--rounds", "1", "--device", "cpu", "--json", "--out", str(tmp_path)]
     result = CliRunner().invoke(main, ["bench", "frontier", *options])
     assert result.exit_code == 0, result.output

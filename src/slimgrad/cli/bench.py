@@ -26,7 +26,7 @@ def command() -> None:
 @click.option("--compile/--no-compile", "compiled", default=True, help="With torch.compile or not.")
 @click.option(
     "--compile-limit",
-    default=900.0,
+    default=300.0,
     show_default=True,
     help="Seconds after which compiling one model is given up.",
 )

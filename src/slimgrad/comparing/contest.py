@@ -43,7 +43,7 @@ class Contest:
     rounds: int = 3
     steps: int = 1
     size: str = SIZES[1]
-    compile_limit_s: float | None = 900.0
+    compile_limit_s: float | None = 300.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
@@ -107,7 +107,11 @@ class _Model:
             return
         peers = [self._peer(peer, "peer", made) for peer in self.contest.peers]
         for contender in peers:
-            self._prepared(contender)
+            if contender.compiled and self._compiles_too_long():
+                contender.row.error = "not tried: compiling this model takes too long"
+                self.made.append(contender.row)
+            else:
+                self._prepared(contender)
         profile = self._profiled(made)
         if profile is None:
             return
@@ -118,6 +122,10 @@ class _Model:
             if peak is not None and row.error is None:
                 name = f"slimgrad@{row.contender}"
                 self._prepared(self._slim(name, format_bytes(peak), peak, made, profile))
+
+    def _compiles_too_long(self) -> bool:
+        """Whether compiling was given up for one peer: each of the others would take as long."""
+        return any(r.compiled and (r.error or "").startswith("TimeoutError") for r in self.made)
 
     def _warm(self, made: Subject) -> None:
         """On CUDA libraries keep workspaces from their first use on: let them be there before the first contender."""
