@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-BUDGETS = "100%,80%,60%,50%,40%,30%,min"
-
 
 @click.group()
 def command() -> None:
@@ -17,7 +15,9 @@ def command() -> None:
 
 @command.command()
 @click.option("--models", help="Names of models, with commas between; default: all.")
-@click.option("--budgets", default=BUDGETS, show_default=True, help="slimgrad's, with commas.")
+@click.option(
+    "--budgets", help="slimgrad's, with commas between; default: seven from 100% of plain to min."
+)
 @click.option("--peers", help="Names of peers, with commas between; default: all. 'none' for none.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
 @click.option(

@@ -13,7 +13,7 @@ import click
 import torch
 from rich.console import Console
 
-from slimgrad.comparing.contest import Contest, run
+from slimgrad.comparing.contest import BUDGETS, Contest, run
 from slimgrad.comparing.peers import chosen_peers
 from slimgrad.comparing.plot import save_png
 from slimgrad.comparing.report import save_html
@@ -52,11 +52,11 @@ def run_and_print(options: dict[str, Any]) -> None:
 
 
 def _contest(options: dict[str, Any]) -> Contest:
-    models = _names(options["models"])
+    models, budgets = _names(options["models"]), _names(options["budgets"])
     return Contest(
         models=list(ZOO) if models is None else models,
         peers=chosen_peers(_names(options["peers"]), compiled=options["compiled"]),
-        budgets=_names(options["budgets"]) or (),
+        budgets=BUDGETS if budgets is None else budgets,
         rounds=options["rounds"],
         steps=options["steps"],
         size=options["size"],
