@@ -24,7 +24,8 @@ class Row:
 
     ``peak_bytes`` is the ledger's on a CPU and the allocator's on CUDA; of compiled steps, which no ledger sees
     into, it is that of the profiler's allocation events (``peak_from`` says which). ``allocator_bytes`` is
-    the profiler's for every contender on a CPU. Ratios are to plain training: peaks of one kind, medians of
+    the profiler's for every contender on a CPU, kernels' workspaces included; an upper bound where a step keeps
+    tensors of its own for the next one (offloading), since the profiler does not see those freed. Ratios are to plain training: peaks of one kind, medians of
     times. ``gradient_error`` is the relative L2 distance of one step's gradients to plain's.
     """
 
