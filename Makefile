@@ -5,12 +5,14 @@
 #   TORCH          the torch to install; on Linux with a CPU index: torch==2.13.0+cpu
 #   PIP_OPTIONS    more options for pip, an index for example
 #   DEMO_OPTIONS   options of `slimgrad train` in the demo
+#   BENCH_OPTIONS  options of `slimgrad bench frontier` in bench and gpu
 #   PYTEST_OPTIONS more options for pytest
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_OPTIONS ?=
 DEMO_OPTIONS ?= --budget 1GiB --steps 16 --out runs/demo
+BENCH_OPTIONS ?=
 PYTEST_OPTIONS ?=
 
 VENV := .venv
@@ -70,9 +72,18 @@ docs: $(VENV)/.dev ## Write the generated pages again
 
 bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/budgets.py
+	$(BIN)/slimgrad bench frontier --device cpu --out runs/frontier $(BENCH_OPTIONS)
+	cp runs/frontier/frontier.jsonl benchmarks/results/frontier.jsonl
 
+# The benchmark runs though a test fails; the target fails then all the same. Exit code 5: no such test.
 gpu: ## On a machine with CUDA: its own python3, this checkout, nothing installed
-	PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu $(PYTEST_OPTIONS) || [ $$? -eq 5 ]
+	rm -f runs/gpu/frontier.jsonl
+	status=0; \
+	PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu $(PYTEST_OPTIONS) || [ $$? -eq 5 ] || status=1; \
+	PYTHONPATH=src $(PYTHON) -m slimgrad bench frontier --device cuda --out runs/gpu $(BENCH_OPTIONS) || status=1; \
+	mkdir -p benchmarks/results; \
+	cp runs/gpu/frontier.jsonl benchmarks/results/gpu.jsonl || status=1; \
+	exit $$status
 
 clean: ## Remove caches and build products, keep .venv
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis .pyright
