@@ -73,6 +73,7 @@ class NestedRecompute:
 
     An empty ``schedule`` holds everything of the segment once backward has reached it. ``keep`` are the numbers of
     storages, in the order in which the segment's forward makes them, that other parts of the step keep alive anyway.
+    Without ``blocks`` the segment is the block, or the blocks in a row, that it is attached to.
     """
 
     blocks: tuple[str, ...] = ()
@@ -129,12 +130,13 @@ class NestedRecompute:
     def attach(self, block: Block) -> Undo:
         """Run the forward passes of the blocks under one tape."""
         model, device = block.live.model, block.live.device
-        state = _Segment(len(self.blocks))
+        paths = self.blocks or block.paths or (block.path,)
+        state = _Segment(len(paths))
 
         def run_stage(stage: int) -> Callable[..., Any]:
             def run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
                 if stage == 0:
-                    found = holdings(self.schedule, len(self.blocks))
+                    found = holdings(self.schedule, len(paths))
                     state.tape = Tape(frozenset(self.keep), device, found)
                 return state.run(stage, forward, args, kwargs)
 
@@ -143,7 +145,7 @@ class NestedRecompute:
         return Undo.all(
             [
                 wrap_forward(model.get_submodule(path), run_stage(stage))
-                for stage, path in enumerate(self.blocks)
+                for stage, path in enumerate(paths)
             ]
         )
 
