@@ -48,7 +48,7 @@ def hand_made(
     model: nn.Module, optimizer: Optimizer | None, method: Method, paths: Sequence[str] = ()
 ) -> Plan:
     """The plan with ``method`` alone: on the whole step, or on each of ``paths``."""
-    on = paths if method.scope is Scope.BLOCK else [""]
+    on = [""] if method.scope is Scope.MODEL else paths
     choices = [Choice(p, method_name(method), dict(hyperparameters(method))) for p in on]
     return plan_of(model, optimizer, choices)
 

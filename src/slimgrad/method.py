@@ -42,9 +42,10 @@ class Paper:
 
 
 class Scope(enum.StrEnum):
-    """What a method is offered: one block (a call of a module), or the whole model and its step."""
+    """What a method is offered: a block (a call of a module), blocks in a row, or the whole model and its step."""
 
     BLOCK = "block"
+    RUN = "run"
     MODEL = "model"
 
 
@@ -62,12 +63,23 @@ class OperationGraph:
     """The operations of a block's forward pass and the storages that it makes, by their number.
 
     ``num_bytes`` and ``is_saved`` (does backward ask for it?) have one entry a storage; ``operations`` are
-    (seconds, storages read, storages written), what comes from outside the block left out.
+    (seconds, storages read, storages written), what comes from outside the block left out. Of several blocks in a
+    row, ``stages`` tells for each operation which one it belongs to.
     """
 
     num_bytes: tuple[int, ...]
     is_saved: tuple[bool, ...]
     operations: tuple[tuple[float, tuple[int, ...], tuple[int, ...]], ...]
+    stages: tuple[int, ...] = ()
+
+    @property
+    def num_stages(self) -> int:
+        """Over how many blocks the graph goes."""
+        return max(self.stages, default=0) + 1
+
+    def stage_of(self, operation: int) -> int:
+        """Which of the blocks in a row an operation belongs to."""
+        return self.stages[operation] if self.stages else 0
 
     def recipe(self, wanted: Iterable[int], kept: Container[int]) -> list[int]:
         """The operations that make the storages ``wanted`` from those in ``kept``, in their order."""
@@ -114,9 +126,9 @@ class Record:
     holds_inputs: bool = False
     saved_sizes: tuple[int, ...] = ()  # bytes of each saved tensor's storage
     graph: OperationGraph | None = None  # None: its calls differ from one another
-    kept: tuple[
-        int, ...
-    ] = ()  # storages that stay, by their number, where operations are run again
+    kept: tuple[int, ...] = ()  # storages that stay, by number, where operations are run again
+    schedule: tuple[int, ...] = ()  # and, over several blocks in a row, what is held meanwhile
+    held_anyway: tuple[int, ...] = ()  # storages that the rest of the step keeps alive, by number
     has_batch_statistics: bool = False
     read_bytes_s: float = 1e9
     write_bytes_s: float = 1e9
@@ -186,14 +198,15 @@ class Refusal:
 class Block:
     """What a method is asked about, and what it is attached to.
 
-    ``path`` is the dotted name of the module (empty for the whole model). ``record`` is there when a plan is
-    made; ``host`` when it is applied.
+    ``path`` is the dotted name of the module (empty for the whole model), or of the first of the modules ``paths``
+    in a row. ``record`` is there when a plan is made; ``host`` when it is applied.
     """
 
     path: str
     scope: Scope
     record: Record | ModelRecord | None = None
     host: Host | None = field(default=None, compare=False)
+    paths: tuple[str, ...] = ()
 
     @property
     def measured(self) -> Record:
@@ -263,7 +276,7 @@ class Method(Protocol):
 
 @runtime_checkable
 class Graded(Protocol):
-    """A method of scope ``block`` with more than one setting worth offering for a block."""
+    """A method of scope ``block`` or ``run`` with more than one setting worth offering."""
 
     @classmethod
     def grades(cls, block: Block) -> Sequence[Method]:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "slimgrad"
 ROOMS = [  # a room may import itself and those on earlier lines; rooms on one line do not know each other
     {"errors"},
     {"types"},
-    {"optimizers", "storage", "batches"},
+    {"optimizers", "storage", "batches", "integer_programs"},
     {"host", "streaming"},
     {"method"},
     {"measuring", "kernels"},

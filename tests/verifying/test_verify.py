@@ -12,10 +12,10 @@ from tests.sample_models import SAMPLES, adamw
 from torch import nn
 
 import slimgrad
+from slimgrad import catalogue
 from slimgrad.errors import VerificationError
-from slimgrad.method import Undo
+from slimgrad.method import Scope, Undo
 from slimgrad.methods.activations.recompute import Recompute
-from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 
 
 def everything(model, optimizer):
@@ -195,8 +195,9 @@ def test_slim_raises_where_the_plan_does_not_verify_and_undoes_everything(monkey
     model, loss_fn, batch = SAMPLES["residual_conv"].make()
     optimizer = adamw(model)
     attach = scaling(0.9)
-    monkeypatch.setattr(Recompute, "attach", attach)
-    monkeypatch.setattr(SelectiveRecompute, "attach", attach)
+    for method in catalogue.methods().values():
+        if method.scope is not Scope.MODEL:
+            monkeypatch.setattr(method, "attach", attach)
     before = everything(model, optimizer)
     with pytest.raises(VerificationError, match="gradient") as caught:
         slimgrad.slim(model, optimizer, loss_fn, batch, budget="min", exactness="bitwise")

@@ -34,11 +34,30 @@ class Changes:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The calls of one block, and what it saves inside."""
+    """The calls of one block, or of blocks in a row, and what they save inside.
 
-    path: str
-    calls: tuple[int, ...]
-    saved: Mapping[int, tuple[int, ...]]  # call -> storages its backward needs, made inside
+    ``groups`` are the calls that belong together: one each for a single block, else those of one pass over all of
+    ``paths``. ``saved`` maps the first call of a group to the storages its backward needs, made inside.
+    """
+
+    paths: tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...]
+    saved: Mapping[int, tuple[int, ...]]
+
+    @property
+    def path(self) -> str:
+        """The path of the first block."""
+        return self.paths[0]
+
+    @property
+    def where(self) -> str | tuple[str, ...]:
+        """The path, or of blocks in a row the paths."""
+        return self.path if len(self.paths) == 1 else self.paths
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """All calls."""
+        return tuple(call for group in self.groups for call in group)
 
 
 def call_seconds(trace: Trace, calls: tuple[int, ...], *, backward: bool) -> float:

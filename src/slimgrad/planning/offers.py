@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slimgrad import catalogue
 from slimgrad.measuring.profile import Profile, Setting
@@ -17,10 +17,13 @@ from slimgrad.method import (
     Offer,
     Record,
     Refusal,
+    Restore,
     Rewriting,
     Scope,
     method_name,
 )
+from slimgrad.planning.calls import BlockLayout
+from slimgrad.planning.runs import chains, segments
 from slimgrad.planning.settings import block_record, model_record
 from slimgrad.planning.simulate import Layout
 from slimgrad.types import Exactness
@@ -44,13 +47,24 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Option:
-    """One method, or several composed, offered for one block."""
+    """One method, or several composed, offered for one block, or for the blocks ``paths`` in a row."""
 
     path: str
     methods: tuple[Method, ...]
     record: Record
     note: str
     added_s: float
+    paths: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str | tuple[str, ...]:
+        """The block, as a layout names it."""
+        return self.paths or self.path
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """The paths of the blocks that it decides about."""
+        return self.paths or (self.path,)
 
 
 @dataclass(frozen=True)
@@ -141,23 +155,48 @@ def attach_order(method: Method) -> tuple[int, int, str]:
 
 
 def options(profile: Profile, scheme: Scheme, layout: Layout, allowed: Allowed) -> list[Option]:
-    """For each block, what each method of scope ``block`` offers (keeping it as it is is always possible)."""
+    """For each block, and blocks in a row, what each method offers (keeping them as they are is always possible)."""
+    permitted = [c for c in catalogue.methods().values() if allowed.permits(c)]
+    single = [c for c in permitted if c.scope is Scope.BLOCK]
+    several = [c for c in permitted if c.scope is Scope.RUN]
     found: list[Option] = []
-    classes = [
-        c for c in catalogue.methods().values() if c.scope is Scope.BLOCK and allowed.permits(c)
-    ]
-    for path, block in layout.blocks.items():
-        record = block_record(profile, layout, block)
-        asked = Block(path, Scope.BLOCK, record)
-        methods = [
-            m for c in classes for m in (c.grades(asked) if issubclass(c, Graded) else [c()])
-        ]
-        for method in methods:
+    for path in layout.blocks:
+        found += _offered(profile, scheme, layout, path, single)
+    if several and layout.trace.reads:
+        for chain in chains(layout):
+            for segment in segments(chain):
+                found += _offered(profile, scheme, layout, segment, several)
+    return found
+
+
+def _offered(
+    profile: Profile,
+    scheme: Scheme,
+    layout: Layout,
+    where: str | tuple[str, ...],
+    classes: list[type[Method]],
+) -> Iterator[Option]:
+    block = layout.block(where)
+    record = block_record(profile, layout, block)
+    is_run = len(block.paths) > 1
+    scope = Scope.RUN if is_run else Scope.BLOCK
+    asked = Block(block.path, scope, record, paths=block.paths if is_run else ())
+    for cls in classes:
+        for method in cls.grades(asked) if issubclass(cls, Graded) else [cls()]:
             offer = method.offer(asked)
             if isinstance(offer, Offer) and isinstance(offer.record, Record):
-                added = (offer.record.seconds - record.seconds) * scheme.repeats
-                found.append(Option(path, (method,), offer.record, offer.note, added))
-    return found
+                changed = _replayed(layout, block, offer.record)
+                added = (changed.seconds - record.seconds) * scheme.repeats
+                yield Option(block.path, (method,), changed, offer.note, added, asked.paths)
+
+
+def _replayed(layout: Layout, block: BlockLayout, record: Record) -> Record:
+    """The record with the seconds of what is really run again, over all of the block's calls."""
+    if record.restore is not Restore.OPERATIONS:
+        return record
+    again = [layout.replayed(g, record.kept, record.schedule) for g in block.groups]
+    store_s = record.store_s * len(block.groups)
+    return replace(record, restore_s=sum(a.seconds for a in again), store_s=store_s)
 
 
 def refusals(profile: Profile, allowed: Allowed) -> dict[str, str]:

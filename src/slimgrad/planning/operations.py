@@ -1,90 +1,147 @@
-"""A block call's operations as a graph, and the replay of those that are run again when backward asks.
-
-The replay does what ``methods/activations/operation_tape.py`` does, on the trace: when a storage that was let go is
-asked for, the operations that make it run; what they make is held while anyone will ask for it.
-"""
+"""The operations of a block's call, or of several blocks' in a row, as a graph."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from slimgrad.measuring.trace import Trace
 from slimgrad.method import OperationGraph
+from slimgrad.types import Column
 
 
 @dataclass(frozen=True)
 class CallOperations:
-    """One call's graph, and which storages and ticks of the trace its numbers stand for."""
+    """The graph of calls in a row, and which storages and ticks of the trace its numbers stand for.
+
+    ``outside``: for each operation, the storages from outside that it reads. ``asked_at``: number of a saved storage
+    -> the tick at which backward first reads it. ``gone_at``: for each storage, the tick at which forward is done
+    with it. ``held_anyway``: storages, by number, that operations outside the calls ask for in backward.
+    """
 
     graph: OperationGraph
     storages: tuple[int, ...]
-    outside: tuple[
-        tuple[int, ...], ...
-    ]  # for each operation, the storages from outside that it reads
-    asked_at: dict[
-        int, int
-    ]  # number of a saved storage -> the tick at which backward first reads it
+    outside: tuple[tuple[int, ...], ...]
+    asked_at: dict[int, int]
+    gone_at: tuple[int, ...]
+    held_anyway: tuple[int, ...] = ()
 
 
-@dataclass
-class Replayed:
-    """What changes in backward when a call keeps only some storages. Ticks are those of the trace."""
+class Reads:
+    """Who reads each storage: in backward first and by which calls, and in forward last."""
 
-    again: list[tuple[int, int, int]] = field(default_factory=list)  # storage, made at, gone at
-    bursts: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # tick, bytes above what stays after it
-    held: dict[int, int] = field(
-        default_factory=dict
-    )  # storage -> tick until which a recipe holds it
+    def __init__(self, trace: Trace) -> None:
+        self.first_backward: dict[int, int] = {}
+        self.last_forward: dict[int, int] = {}
+        self.callers: dict[int, set[int]] = {}
+        for index, storages in enumerate(trace.reads):
+            for storage in storages:
+                if trace.op_backward[index]:
+                    self.first_backward.setdefault(storage, index + 1)
+                    self.callers.setdefault(storage, set()).add(int(trace.op_call[index]))
+                else:
+                    self.last_forward[storage] = index + 1
 
-
-def first_reads(trace: Trace) -> dict[int, int]:
-    """For each storage, the tick at which backward first reads it."""
-    found: dict[int, int] = {}
-    if not trace.reads:
-        return found
-    for index in np.flatnonzero(trace.op_backward):
-        for storage in trace.reads[index]:
-            found.setdefault(storage, int(index) + 1)
-    return found
+    def held_by_others(self, storage: int, calls: Sequence[int]) -> bool:
+        """Whether backward reads ``storage`` in operations that belong to none of ``calls``."""
+        return bool(self.callers.get(storage, set()) - set(calls))
 
 
 def call_operations(
-    trace: Trace, index: int, saved: Sequence[int], asked: dict[int, int]
+    trace: Trace, calls: Sequence[int], saved: Sequence[int], reads: Reads
 ) -> CallOperations:
-    """The operations of call ``index``, which saves the storages ``saved``."""
-    call = trace.calls[index]
-    inside = np.flatnonzero((trace.birth > call.forward_from) & (trace.birth <= call.forward_to))
-    made = sorted((int(s) for s in inside), key=lambda s: (int(trace.birth[s]), s))
+    """The operations of ``calls``, one after the other, which save the storages ``saved``."""
+    made = made_inside(trace, calls)
     number = {s: i for i, s in enumerate(made)}
-    first = int(call.forward_from)
     operations: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = []
     outside: list[tuple[int, ...]] = []
-    for tick in range(first, int(call.forward_to)):
-        reads, writes = trace.reads[tick], trace.writes[tick]
-        seconds = float(trace.op_seconds[tick]) if trace.op_seconds.size else 0.0
-        own = tuple(number[s] for s in writes if s in number)
-        if own:
-            operations.append((seconds, tuple(number[s] for s in reads if s in number), own))
-            outside.append(tuple(s for s in reads if s not in number))
-    dropped = {s for s in saved if s in asked}
+    stages: list[int] = []
+    for stage, index in enumerate(calls):
+        call = trace.calls[index]
+        for tick in range(int(call.forward_from), int(call.forward_to)):
+            own = tuple(number[s] for s in trace.writes[tick] if s in number)
+            if own:
+                seconds = float(trace.op_seconds[tick]) if trace.op_seconds.size else 0.0
+                read = trace.reads[tick]
+                operations.append((seconds, tuple(number[s] for s in read if s in number), own))
+                outside.append(tuple(s for s in read if s not in number))
+                stages.append(stage)
+    dropped = {s for s in saved if s in reads.first_backward}
     graph = OperationGraph(
         tuple(int(trace.nbytes[s]) for s in made),
         tuple(s in dropped for s in made),
         tuple(operations),
+        tuple(stages) if len(calls) > 1 else (),
     )
-    return CallOperations(
-        graph, tuple(made), tuple(outside), {number[s]: asked[s] for s in made if s in dropped}
+    asked = {number[s]: reads.first_backward[s] for s in made if s in dropped}
+    gone = tuple(_gone_at(trace, calls, s, reads) for s in made)
+    final = trace.calls[calls[-1]].outputs
+    anyway = tuple(
+        number[s] for s in made if s not in final and reads.held_by_others(s, calls)
+    )  # what only these calls return stays with the tape
+    return CallOperations(graph, tuple(made), tuple(outside), asked, gone, anyway)
+
+
+def made_inside(trace: Trace, calls: Sequence[int]) -> list[int]:
+    """Storages made in the forward passes of ``calls``, in their order."""
+    inside = np.zeros(len(trace.birth), dtype=bool)
+    for index in calls:
+        call = trace.calls[index]
+        inside |= (trace.birth > call.forward_from) & (trace.birth <= call.forward_to)
+    return sorted((int(s) for s in np.flatnonzero(inside)), key=lambda s: (int(trace.birth[s]), s))
+
+
+def saved_inside(
+    trace: Trace, calls: Sequence[int], backward_from: int, reads: Reads
+) -> tuple[int, ...]:
+    """Storages made in calls in a row that only their own backward needs, the last one's outputs apart."""
+    final, activations = set(trace.calls[calls[-1]].outputs), list(Column).index(Column.ACTIVATIONS)
+    return tuple(
+        s
+        for s in made_inside(trace, calls)
+        if trace.death[s] > backward_from
+        and trace.column[s] == activations
+        and s not in final
+        and not reads.held_by_others(s, calls)
     )
+
+
+def _gone_at(trace: Trace, calls: Sequence[int], storage: int, reads: Reads) -> int:
+    """The tick after which forward has no use for a storage: what a block returns is held through the next one."""
+    last = reads.last_forward.get(storage, 0)
+    for stage, index in enumerate(calls):
+        call = trace.calls[index]
+        if call.forward_from < trace.birth[storage] <= call.forward_to:
+            if storage in call.outputs and stage + 1 < len(calls):
+                last = max(last, _caller_returns(trace, index, calls[stage + 1]))
+            else:
+                last = call.forward_to
+    return max(last, trace.cached.get(storage, 0) - 1)
+
+
+def _caller_returns(trace: Trace, first: int, second: int) -> int:
+    """When whoever called block ``second`` with what block ``first`` returned lets go of it.
+
+    That is when it returns, or, where it is one of several blocks of a module that ``first`` is outside of, the last.
+    """
+    names, before = trace.calls[second].path.split("."), trace.calls[first].path.split(".")
+    common = 0
+    while common < len(before) and names[common] == before[common]:
+        common += 1
+    container = ".".join(names[: common + 1])
+    last = trace.calls[second].forward_to
+    for call in trace.calls[second + 1 :]:
+        if not call.path.startswith(f"{container}."):
+            break
+        last = call.forward_to
+    return last
 
 
 def merged(graphs: Sequence[OperationGraph]) -> OperationGraph | None:
     """One graph for all calls of a block, its bytes and mean seconds; None where they do different things."""
-    shapes = {(g.is_saved, tuple(o[1:] for o in g.operations)) for g in graphs}
+    shapes = {(g.is_saved, g.stages, tuple(o[1:] for o in g.operations)) for g in graphs}
     if len(shapes) != 1:
         return None
     operations = zip(*(g.operations for g in graphs), strict=True)
@@ -92,73 +149,5 @@ def merged(graphs: Sequence[OperationGraph]) -> OperationGraph | None:
         tuple(map(max, zip(*(g.num_bytes for g in graphs), strict=True))),
         graphs[0].is_saved,
         tuple((float(np.mean([o[0] for o in same])), *same[0][1:]) for same in operations),
+        graphs[0].stages,
     )
-
-
-def replayed(trace: Trace, call: CallOperations, keep: Sequence[int]) -> Replayed:
-    """What is made again, when, and for how long, if the call keeps the storages with the numbers ``keep``."""
-    graph, kept, out = call.graph, frozenset(keep), Replayed()
-    dropped = [s for s, saved in enumerate(graph.is_saved) if saved and s not in kept]
-    due = set(graph.recipe(dropped, kept))
-    asks = [0] * len(graph.num_bytes)
-    for storage in dropped:
-        asks[storage] += 1
-    for operation in due:
-        for storage in set(graph.operations[operation][1]) - set(graph.operations[operation][2]):
-            asks[storage] += 1
-    memo: dict[int, int] = {}  # storage -> the tick at which it was made again
-    pending = set(dropped)
-    for wanted in sorted(dropped, key=lambda s: call.asked_at[s]):
-        tick = call.asked_at[wanted]
-        if wanted not in memo:
-            _burst(call, wanted, tick, kept, memo, asks, pending, due, out)
-        pending.discard(wanted)
-    deaths = {s: int(trace.death[call.storages[s]]) for s in dropped}
-    out.again += [(call.storages[s], memo[s], deaths[s]) for s in dropped if s in memo]
-    last = max(deaths.values(), default=0)
-    for operation in due:
-        for storage in call.outside[operation]:
-            out.held[storage] = last
-        for storage in graph.operations[operation][1]:
-            if storage in kept:
-                out.held[call.storages[storage]] = last
-    return out
-
-
-def _burst(
-    call: CallOperations,
-    wanted: int,
-    tick: int,
-    kept: frozenset[int],
-    memo: dict[int, int],
-    asks: list[int],
-    pending: set[int],
-    due: set[int],
-    out: Replayed,
-) -> None:
-    """Run what makes ``wanted``; ``memo`` gains what stays, ``out`` what was above it for a moment."""
-    graph, live, peak = call.graph, 0, 0
-    before = set(memo)
-    for index in graph.recipe([wanted], kept | before):
-        _, reads, writes = graph.operations[index]
-        for storage in dict.fromkeys(writes):
-            if storage not in kept and storage not in memo:
-                memo[storage] = tick
-                live += graph.num_bytes[storage]
-        peak = max(peak, live)
-        unwanted = [s for s in writes if s in memo and asks[s] <= 0]
-        if index in due:
-            due_reads = set(reads) - set(writes)
-            for storage in due_reads:
-                asks[storage] -= 1
-            unwanted += [s for s in due_reads if s in memo and asks[s] <= 0]
-        for storage in dict.fromkeys(unwanted):
-            if storage in pending:
-                continue
-            made_at = memo.pop(storage)
-            live -= graph.num_bytes[storage]
-            if made_at < tick:
-                out.again.append((call.storages[storage], made_at, tick))
-    after = sum(graph.num_bytes[s] for s in memo if memo[s] == tick and s not in before)
-    if peak > after:
-        out.bursts.append((tick, peak - after))

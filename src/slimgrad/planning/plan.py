@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slimgrad import catalogue
 from slimgrad.batches import Shapes, shapes_from_json
 from slimgrad.errors import BudgetError, PlanError
@@ -209,19 +211,18 @@ class _Workbench:
         for scheme in found:  # fastest first: a scheme that is slower with nothing added cannot win
             if best is not None and scheme.seconds >= best.seconds:
                 break
-            solution = self.programme(scheme).least_seconds(limit)
-            if solution is not None and (best is None or solution.seconds < best.seconds):
+            below = np.inf if best is None else best.seconds
+            solution = self.programme(scheme).least_seconds(limit, below)
+            if solution is not None and solution.seconds < below:
                 best = solution
         return best
 
     def leanest(self, found: list[Scheme]) -> Solution:
         best: Solution | None = None
         for scheme in found:
-            solution = self.programme(scheme).least_peak()
-            if best is None or (solution.peak_bytes, solution.seconds) < (
-                best.peak_bytes,
-                best.seconds,
-            ):
+            below = np.inf if best is None else best.peak_bytes
+            solution = self.programme(scheme).least_peak(below)
+            if solution is not None and solution.peak_bytes < below:
                 best = solution
         assert best is not None
         return best

@@ -51,7 +51,10 @@ def block_record(profile: Profile, layout: Layout, block: BlockLayout) -> Record
     """The record of a block as it was measured."""
     trace = layout.trace
     saved = sum(call_bytes(trace, s) for s in block.saved.values())
-    borders = [border_bytes(trace, trace.calls[c]) for c in block.calls]
+    borders = [
+        (border_bytes(trace, trace.calls[g[0]])[0], border_bytes(trace, trace.calls[g[-1]])[1])
+        for g in block.groups
+    ]
     return Record(
         saved_bytes=saved,
         held_bytes=saved,
@@ -63,7 +66,8 @@ def block_record(profile: Profile, layout: Layout, block: BlockLayout) -> Record
         has_batch_statistics=profile.has_batch_statistics,
         read_bytes_s=profile.read_bytes_s,
         write_bytes_s=profile.write_bytes_s,
-        graph=layout.graph(block.path),
+        graph=layout.graph(block.where),
+        held_anyway=layout.held_anyway(block.where),
     )
 
 

@@ -21,12 +21,13 @@ from slimgrad.method import ModelRecord, OperationGraph, Record, Restore, Update
 from slimgrad.planning.calls import BlockLayout, Changes
 from slimgrad.planning.operations import (
     CallOperations,
-    Replayed,
+    Reads,
     call_operations,
-    first_reads,
     merged,
-    replayed,
+    saved_inside,
 )
+from slimgrad.planning.replay import Replayed, replayed
+from slimgrad.planning.taped import held_by_tape, tape_changes
 from slimgrad.storage import MAX_PENDING_BYTES
 from slimgrad.types import Column
 
@@ -41,9 +42,10 @@ class Layout:
         self.trace, self.law, self.state_bytes = trace, law, state_bytes
         self._place()
         self.blocks = self._blocks()
-        self._asked = first_reads(trace)
-        self._operations: dict[int, CallOperations] = {}
-        self._replays: dict[tuple[int, tuple[int, ...]], Replayed] = {}
+        self._reads = Reads(trace)
+        self._runs: dict[tuple[str, ...], BlockLayout] = {}
+        self._operations: dict[tuple[int, ...], CallOperations] = {}
+        self._replays: dict[tuple[tuple[int, ...], ...], Replayed] = {}
 
     def _place(self) -> None:
         trace, num = self.trace, self.trace.num_ticks
@@ -90,7 +92,9 @@ class Layout:
         for index, call in enumerate(trace.calls):
             by_path.setdefault(call.path, []).append(index)
         return {
-            path: BlockLayout(path, tuple(calls), {c: self._saved(c) for c in calls})
+            path: BlockLayout(
+                (path,), tuple((c,) for c in calls), {c: self._saved(c) for c in calls}
+            )
             for path, calls in by_path.items()
         }
 
@@ -104,24 +108,57 @@ class Layout:
         needed = inside & (trace.death > tick) & (trace.column == _POSITION[Column.ACTIVATIONS])
         return tuple(int(i) for i in np.flatnonzero(needed) if i not in set(call.outputs))
 
-    def operations(self, index: int) -> CallOperations:
-        """The operations of a call."""
-        if index not in self._operations:
-            saved = self.blocks[self.trace.calls[index].path].saved[index]
-            self._operations[index] = call_operations(self.trace, index, saved, self._asked)
-        return self._operations[index]
+    def block(self, where: str | tuple[str, ...]) -> BlockLayout:
+        """The block of a path, or the blocks in a row of several."""
+        if isinstance(where, str):
+            return self.blocks[where]
+        if where not in self._runs:
+            self._runs[where] = self._run(where)
+        return self._runs[where]
 
-    def graph(self, path: str) -> OperationGraph | None:
+    def _run(self, paths: tuple[str, ...]) -> BlockLayout:
+        groups = tuple(zip(*(self.blocks[path].calls for path in paths), strict=True))
+        return BlockLayout(paths, groups, {g[0]: self._saved_by_run(g) for g in groups})
+
+    def _saved_by_run(self, calls: tuple[int, ...]) -> tuple[int, ...]:
+        tick = self.backward_from(calls)
+        return () if tick is None else saved_inside(self.trace, calls, tick, self._reads)
+
+    def backward_from(self, calls: tuple[int, ...]) -> int | None:
+        """The tick at which the backward pass of calls in a row begins; None if it never does."""
+        return min((self.backward_tick[c] for c in calls if c in self.backward_tick), default=None)
+
+    def operations(self, calls: tuple[int, ...]) -> CallOperations:
+        """The operations of a call, or of calls in a row."""
+        if calls not in self._operations:
+            paths = tuple(self.trace.calls[c].path for c in calls)
+            saved = self.block(paths[0] if len(paths) == 1 else paths).saved[calls[0]]
+            self._operations[calls] = call_operations(self.trace, calls, saved, self._reads)
+        return self._operations[calls]
+
+    def graph(self, where: str | tuple[str, ...]) -> OperationGraph | None:
         """What the calls of a block do; None if they differ, or nothing is known of their operations."""
-        block = self.blocks[path]
+        block = self.block(where)
         if not self.trace.reads:
             return None
-        return merged([self.operations(i).graph for i in block.calls if block.saved[i]])
+        return merged([self.operations(g).graph for g in block.groups if block.saved[g[0]]])
 
-    def _replayed(self, index: int, keep: tuple[int, ...]) -> Replayed:
-        if (index, keep) not in self._replays:
-            self._replays[index, keep] = replayed(self.trace, self.operations(index), keep)
-        return self._replays[index, keep]
+    def held_anyway(self, where: str | tuple[str, ...]) -> tuple[int, ...]:
+        """Storages made in blocks in a row, by number, that the rest of the step asks for in backward."""
+        block = self.block(where)
+        if len(block.paths) == 1 or not self.trace.reads:
+            return ()
+        return tuple(sorted({n for g in block.groups for n in self.operations(g).held_anyway}))
+
+    def replayed(
+        self, calls: tuple[int, ...], keep: tuple[int, ...], schedule: tuple[int, ...] = ()
+    ) -> Replayed:
+        """What calls in a row that keep some storages make again in backward."""
+        if (calls, keep, schedule) not in self._replays:
+            self._replays[calls, keep, schedule] = replayed(
+                self.trace, self.operations(calls), keep, schedule
+            )
+        return self._replays[calls, keep, schedule]
 
     # -- the step as it was traced -----------------------------------------------------------------
 
@@ -143,23 +180,23 @@ class Layout:
     # -- choices -----------------------------------------------------------------------------------
 
     def block_changes(
-        self, path: str, record: Record, offloaded: Collection[int] | None = None
+        self,
+        where: str | tuple[str, ...],
+        record: Record,
+        offloaded: Collection[int] | None = None,
     ) -> Changes:
-        """What changes when block ``path`` behaves as ``record`` says, held inputs apart.
+        """What changes when block ``where`` behaves as ``record`` says, held inputs apart.
 
         ``offloaded`` are the calls of all blocks that are copied back, each while the one after it is in backward
         (None: as if every call were).
         """
         changes = Changes()
         if record.restore is Restore.OPERATIONS:
-            for index in self.blocks[path].calls:
-                if index in self.window and self.blocks[path].saved[index]:
-                    self._operation_changes(changes, index, record.kept)
-            return changes
+            return tape_changes(self, where, record)
         if record.restore is Restore.NONE and record.held_bytes >= record.saved_bytes:
             return changes
         share = record.held_bytes / record.saved_bytes if record.saved_bytes else 1.0
-        for index, saved in self.blocks[path].saved.items():
+        for index, saved in self.block(where).saved.items():
             if index not in self.window:
                 continue
             call = self.trace.calls[index]
@@ -180,25 +217,6 @@ class Layout:
             elif record.restore is Restore.COPY:
                 self._pending_writes(changes, index, saved, 1 - share)
         return changes
-
-    def _operation_changes(self, changes: Changes, index: int, keep: tuple[int, ...]) -> None:
-        """What is not kept goes when the call has run and comes back when it is asked for."""
-        trace, call, again = self.trace, self.operations(index), self._replayed(index, keep)
-        gone = int(self.drop[trace.calls[index].forward_to + 1])
-        made_at = {storage: tick for storage, tick, _ in again.again}
-        for number, is_saved in enumerate(call.graph.is_saved):
-            storage = call.storages[number]
-            if is_saved and number not in keep:
-                nbytes, column = int(trace.nbytes[storage]), int(trace.column[storage])
-                free = max(gone, int(self.drop[trace.cached.get(storage, 0)]))
-                changes.span(free, int(self.at[made_at[storage]]) - 1, -nbytes, column)
-        temporary = _POSITION[Column.TEMPORARIES]
-        for storage, start, stop in again.again:
-            if int(trace.death[storage]) != stop:  # made on the way to another, and let go before
-                here, there = int(self.at[start]) - 1, int(self.at[stop])
-                changes.span(here, there, int(trace.nbytes[storage]), temporary)
-        for tick, nbytes in again.bursts:
-            changes.span(int(self.at[tick]) - 1, int(self.at[tick]), nbytes, temporary)
 
     def _pending_writes(
         self, changes: Changes, index: int, saved: tuple[int, ...], share: float
@@ -252,20 +270,14 @@ class Layout:
                 _POSITION[Column.TEMPORARIES],
             )
 
-    def held(self, path: str, record: Record) -> dict[int, int]:
-        """Storages that block ``path``, behaving as ``record`` says, keeps alive longer: storage -> until which slot."""
+    def held(self, where: str | tuple[str, ...], record: Record) -> dict[int, int]:
+        """Storages that a block behaving as ``record`` says keeps alive longer: storage -> until which slot."""
         if not record.holds_inputs:
             return {}
         if record.restore is not Restore.OPERATIONS:
-            return self.held_inputs(path)
-        found: dict[int, int] = {}
-        for index in self.blocks[path].calls:
-            if index in self.window and self.blocks[path].saved[index]:
-                for storage, tick in self._replayed(index, record.kept).held.items():
-                    stop = int(self.drop[min(tick, self.trace.num_ticks + 1)])
-                    if self._freed_slot(storage) < stop:
-                        found[storage] = max(found.get(storage, 0), stop)
-        return found
+            return self.held_inputs(self.block(where).path)
+        found = held_by_tape(self, where, record)
+        return {s: stop for s, stop in found.items() if self._freed_slot(s) < stop}
 
     def held_inputs(self, path: str) -> dict[int, int]:
         """Border storages that recomputing ``path`` keeps alive longer: storage -> the slot it is held to.
@@ -281,8 +293,12 @@ class Layout:
                         held[storage] = max(held.get(storage, 0), stop)
         return held
 
+    def gone_slot(self, death: int) -> int:
+        """The slot from which a storage is gone that the trace says is gone at tick ``death``."""
+        return int(self.drop[min(death, self.trace.num_ticks + 1)])
+
     def _freed_slot(self, storage: int) -> int:
-        return int(self.drop[min(int(self.trace.death[storage]), self.trace.num_ticks + 1)])
+        return self.gone_slot(int(self.trace.death[storage]))
 
     def hold_changes(self, held: Mapping[int, int]) -> Changes:
         """The changes of keeping border storages alive to the given slots."""

@@ -18,14 +18,13 @@ References: Rhu et al., vDNN (arXiv 1602.08124), section III: feature maps are o
 from __future__ import annotations
 
 import functools
-import types
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
@@ -34,8 +33,11 @@ from slimgrad.errors import MethodError
 from slimgrad.host import Host
 from slimgrad.method import Block, Offer, Paper, Refusal, Restore, Scope, Undo
 from slimgrad.methods.activations.saved import MODIFIED, Geometry, Kept, is_plain, returned_tensors
+from slimgrad.methods.activations.wrapping import wrap_forward
 from slimgrad.storage import Slot, Store, Transfer, store_of
 from slimgrad.types import Column, Exactness, format_bytes
+
+HAND_OVER_S = 1e-4  # seconds that handing one tensor to the store, or back, takes beside its bytes
 
 
 class _Saved:
@@ -269,39 +271,23 @@ class OffloadActivations:
             )
         kept = sum(size for size in record.saved_sizes if size < self.min_bytes)
         moved = record.held_bytes - kept
+        handing_s = HAND_OVER_S * sum(size >= self.min_bytes for size in record.saved_sizes)
         changed = replace(
             record,
             held_bytes=kept,
             restore=Restore.COPY,
-            store_s=record.store_s + moved / record.write_bytes_s,
-            restore_s=record.restore_s + moved / record.read_bytes_s,
+            store_s=record.store_s + moved / record.write_bytes_s + handing_s,
+            restore_s=record.restore_s + moved / record.read_bytes_s + handing_s,
         )
         return Offer(changed, "saved activations outside the device")
 
     def attach(self, block: Block) -> Undo:
         """Run the block's forward under hooks on what it saves."""
         host = block.live
-        module = host.model.get_submodule(block.path)
         tape = _tape_of(host)
-        own = module.__dict__.get("forward")
-        plain: Callable[..., Any] = type(module).forward
-
-        @functools.wraps(plain)
-        def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            run = own if own is not None else functools.partial(plain, self_)
-            if not torch.is_grad_enabled():
-                return run(*args, **kwargs)
-            return self._run(tape, run, args, kwargs)
-
-        # a method of the module, so that a deep copy of the module calls itself
-        module.__dict__["forward"] = types.MethodType(forward, module)
-
-        def restore() -> None:
-            del module.__dict__["forward"]
-            if own is not None:
-                module.__dict__["forward"] = own
-
-        return Undo(restore)
+        return wrap_forward(
+            host.model.get_submodule(block.path), functools.partial(self._run, tape)
+        )
 
     def _run(
         self, tape: _Tape, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -13,18 +13,26 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from slimgrad.measuring.trace import written_arguments
-from slimgrad.methods.activations.saved import MODIFIED, Geometry, Kept, is_plain
+from slimgrad.methods.activations.saved import Geometry, Kept, is_plain
+from slimgrad.methods.activations.schedules import Holding
+from slimgrad.methods.activations.values import (
+    Argument,
+    Operation,
+    Value,
+    copied,
+    found_storage,
+    recipe,
+)
 
 # running statistics: written, though the schema does not tell, and in training without a part in what is returned
 _STATISTICS = dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), (3, 4))
@@ -33,125 +41,6 @@ _EMPTY = frozenset(
     ["empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"]
 )
 _RESIZING = frozenset(["resize_", "resize_as_", "set_"])
-
-
-class Value:
-    """What a storage holds between two writes."""
-
-    def __init__(self, tensor: Tensor, made_by: Operation | None) -> None:
-        storage = tensor.untyped_storage()
-        self.made_by = made_by
-        self.device = tensor.device.type
-        self.identity = StorageWeakRef(storage)  # while it is held, no other storage has its cdata
-        self.is_read = False
-        self.asks = 0  # handles not asked for yet, and operations yet to be run again that read it
-        self._kept: Tensor | None = None
-        self._shown_by: weakref.ref[Tensor] | None = (
-            None  # below autograd an alias has no version in common
-        )
-        self._version = 0
-        self._memo: torch.UntypedStorage | None = None
-
-    def keep(self, tensor: Tensor) -> None:
-        """Hold the storage that ``tensor`` shows; it is never computed again."""
-        self._kept, self._shown_by, self._version = (
-            tensor.detach(),
-            weakref.ref(tensor),
-            tensor._version,
-        )
-
-    def let_go(self) -> None:
-        """Written over: it can only be computed again."""
-        if self.made_by is not None:
-            self._kept = None
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether it stays in memory."""
-        return self._kept is not None
-
-    @property
-    def here(self) -> torch.UntypedStorage | None:
-        """Its storage, where it is in memory; raises RuntimeError where it was modified since."""
-        if self._kept is None:
-            return self._memo
-        tensor = self._shown_by() if self._shown_by is not None else None
-        if tensor is not None and tensor._version != self._version:
-            raise RuntimeError(MODIFIED.format(f"shape {list(tensor.shape)}"))
-        return self._kept.untyped_storage()
-
-    def found(self, storage: torch.UntypedStorage) -> None:
-        """Computed again: held while anyone will ask."""
-        if self.asks > 0 and self._memo is None:
-            self._memo = storage
-
-    def asked(self) -> None:
-        """One of those who wanted it has it."""
-        self.asks = max(
-            0, self.asks - 1
-        )  # a graph that is retained is asked more often than was counted
-        if not self.asks:
-            self._memo = None
-
-
-@dataclass(frozen=True)
-class _Argument:
-    """A tensor argument: a value and a geometry on it."""
-
-    value: Value
-    geometry: Geometry
-
-
-@dataclass
-class Operation:
-    """One operation, ready to be run again.
-
-    ``makes``: position among the leaves of its result, or -1 - position among its arguments where it writes into
-    one, and the value that it makes there.
-    """
-
-    index: int
-    func: Any
-    leaves: list[Any]
-    spec: Any
-    random: Any
-    is_grad_enabled: bool  # kernels look: mkldnn's LSTM makes what backward needs only then
-    makes: list[tuple[int, weakref.ref[Value]]] = field(default_factory=list)
-    is_due: bool = False  # counted among those who will ask for what it reads
-
-    def reads(self) -> set[Value]:
-        """The values of its arguments."""
-        return {leaf.value for leaf in self.leaves if isinstance(leaf, _Argument)}
-
-    def becomes_due(self) -> None:
-        """Count it among those who will ask."""
-        if not self.is_due:
-            self.is_due = True
-            for value in self.reads():
-                value.asks += 1
-
-    def run(self) -> None:
-        """Run it again; everything it reads is in memory."""
-        storages = {value: _found(value.here) for value in self.reads()}
-        written = {self.leaves[-1 - p].value for p, _ in self.makes if p < 0}
-        for value in written:
-            storage = storages[value]
-            is_last = value.asks == 1 and not value.is_kept
-            storages[value] = storage if is_last else _copy(storage)
-        leaves = [
-            leaf.geometry.on(storages[leaf.value]) if isinstance(leaf, _Argument) else leaf
-            for leaf in self.leaves
-        ]
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        with _Random(self.random), torch.set_grad_enabled(self.is_grad_enabled):
-            result = tree_flatten(self.func(*args, **kwargs))[0]
-        for position, reference in self.makes:
-            if (value := reference()) is not None and not value.is_kept:
-                made = result[position] if position >= 0 else leaves[-1 - position]
-                value.found(made.untyped_storage())
-        self.is_due = False
-        for value in storages:
-            value.asked()
 
 
 @dataclass(frozen=True)
@@ -167,12 +56,25 @@ class Tape(TorchDispatchMode):
     """Notes the operations of a block while it is entered.
 
     ``keep`` are the storages on ``device`` that stay, by their number in the order in which the block makes them;
-    None: all.
+    None: all. A tape that is entered for several blocks, one after the other, has a stage for each; ``holdings``
+    says what is held when backward is at a stage.
     """
 
-    def __init__(self, keep: frozenset[int] | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        keep: frozenset[int] | None,
+        device: torch.device,
+        holdings: Sequence[Holding] = (Holding(frozenset({0})),),
+    ) -> None:
         super().__init__()
         self._keep, self._device = keep, device
+        self.holdings = holdings
+        self.holding = holdings[-1]
+        self.stage = 0
+        self._passed: list[tuple[weakref.ref[Tensor], int]] = []  # from a stage, and its version
+        self._turned_to: int | None = None  # the stage that backward is at
+        self._due: list[weakref.ref[Operation]] = []
+        self._found: weakref.WeakSet[Value] = weakref.WeakSet()
         self._index = itertools.count()
         self._newest: dict[int, Value] = {}  # of each storage met, by its cdata
         self._number: dict[int, int] = {}  # of each storage made here
@@ -183,6 +85,10 @@ class Tape(TorchDispatchMode):
     # -- the first run ---------------------------------------------------------------------------------
 
     def __enter__(self) -> Tape:
+        for reference, version in self._passed:
+            tensor = reference()
+            if tensor is not None and tensor._version != version:  # written between two blocks
+                self._newest.pop(tensor.untyped_storage()._cdata, None)
         self._hooks = saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
         super().__enter__()
@@ -193,11 +99,16 @@ class Tape(TorchDispatchMode):
         self._hooks.__exit__(*exc)
         self._hooks = None
 
+    def next_stage(self, returned: Sequence[Tensor]) -> None:
+        """One block has run and ``returned`` these; the next is to come."""
+        self._passed = [(weakref.ref(tensor), tensor._version) for tensor in returned]
+        self.stage += 1
+
     def end(self, returned: Sequence[Tensor]) -> None:
         """The block has run: what it returned stays if backward asks for it; the recipes of what stays are cut."""
         for tensor in returned:
             value = self._newest.get(tensor.untyped_storage()._cdata)
-            if value is not None and value.asks > 0:
+            if value is not None and value.num_handles > 0:
                 value.keep(tensor)
         for value in self._newest.values():
             if value.is_kept:
@@ -216,10 +127,10 @@ class Tape(TorchDispatchMode):
         if name in _STATISTICS and leaves[_TRAINING] is True:
             leaves = [None if i in _STATISTICS[name] else x for i, x in enumerate(leaves)]
         noted = [
-            _Argument(self._value(x), Geometry.of(x)) if _is_plain_tensor(x) else x for x in leaves
+            Argument(self._value(x), Geometry.of(x)) if _is_plain_tensor(x) else x for x in leaves
         ]
         random, grad = _random_state(func, leaves), torch.is_grad_enabled()
-        operation = Operation(next(self._index), func, noted, spec, random, grad)
+        operation = Operation(next(self._index), self.stage, func, noted, spec, random, grad)
         written = _written(func, spec, leaves)
         for position in written:
             self._before_write(noted[position])
@@ -229,10 +140,10 @@ class Tape(TorchDispatchMode):
 
     def _before_write(self, argument: Any) -> None:
         """A value from outside that earlier operations read, and may read again, is copied before it changes."""
-        if isinstance(argument, _Argument):
+        if isinstance(argument, Argument):
             value = argument.value
             if value.made_by is None and value.is_read and (storage := value.here) is not None:
-                value.keep(Geometry(torch.uint8, (storage.nbytes(),), (1,), 0).on(_copy(storage)))
+                value.keep(Geometry(torch.uint8, (storage.nbytes(),), (1,), 0).on(copied(storage)))
 
     def _note(
         self, operation: Operation, name: str, leaves: list[Any], written: list[int], out: Any
@@ -262,7 +173,7 @@ class Tape(TorchDispatchMode):
         key = tensor.untyped_storage()._cdata
         if key in self._newest:
             self._newest[key].let_go()
-        value = self._newest[key] = Value(tensor, operation if repeatable else None)
+        value = self._newest[key] = Value(tensor, operation if repeatable else None, self.stage)
         operation.makes.append((position, weakref.ref(value)))
         number = self._number.get(key)
         if not repeatable or number is None or self._keep is None or number in self._keep:
@@ -273,7 +184,7 @@ class Tape(TorchDispatchMode):
         key = tensor.untyped_storage()._cdata
         known = self._newest.get(key)
         if known is None:
-            known = self._newest[key] = Value(tensor, None)
+            known = self._newest[key] = Value(tensor, None, self.stage)
         if known.is_kept or known.made_by is None:
             known.keep(
                 tensor
@@ -289,7 +200,7 @@ class Tape(TorchDispatchMode):
             value.keep(tensor)
         if value.made_by is None:
             return Kept.of(tensor)
-        value.asks += 1
+        value.num_handles += 1
         self._asked.add(value)
         return Handle(value, Geometry.of(tensor), self)
 
@@ -299,52 +210,50 @@ class Tape(TorchDispatchMode):
         """The storage of ``value``, computed again where it is not in memory."""
         if (storage := value.here) is not None:
             return storage
-        for asked in list(self._asked):
-            for operation in _recipe(asked):
-                operation.becomes_due()
-        self._asked.clear()
-        value.asks += 1  # so that it is held until it is returned
+        self._turn_to(value.stage)
+        value.num_due += 1  # so that it is held until it is returned
+        operations = recipe([value])
         with torch.autocast(value.device, enabled=False):
-            recipe = _recipe(value)
-            for operation in recipe:
+            for operation in operations:
                 operation.becomes_due()
-            for operation in recipe:
-                operation.run()
-        storage = _found(value.here)
-        value.asks -= 1
+            for operation in operations:
+                operation.run(self.holding)
+        if len(self.holdings) > 1:
+            for operation in operations:
+                self._found.update(v for _, reference in operation.makes if (v := reference()))
+        storage = found_storage(value.here)
+        value.num_due -= 1
         return storage
 
-
-def _recipe(value: Value) -> Sequence[Operation]:
-    """The operations that make ``value`` from what is in memory, in the order in which they ran."""
-    found: dict[int, Operation] = {}
-    open_values = [value]
-    while open_values:
-        wanted = open_values.pop()
-        operation = wanted.made_by
-        if wanted.here is None and operation is not None and operation.index not in found:
-            found[operation.index] = operation
-            open_values += operation.reads()
-    return [found[index] for index in sorted(found)]
+    def _turn_to(self, stage: int) -> None:
+        """Backward has come to ``stage``: let go of what is not held for it, and count who will ask."""
+        first, holding = self._turned_to is None, self.holdings[stage]
+        self._turned_to = stage
+        if not first and holding is self.holding:
+            return
+        self.holding = holding
+        if first and len(self.holdings) > 1:
+            for operation in recipe(self._asked):
+                for value in operation.reads():
+                    value.last_stage = max(value.last_stage, operation.stage)
+        for reference in self._due:
+            if (operation := reference()) is not None:
+                operation.is_off()
+        for value in self._found:
+            value.settle(holding)
+        wanted = [v for v in self._asked if v.num_handles and v.stage in holding.stages]
+        due = [operation for operation in recipe(wanted) if operation.stage in holding.stages]
+        for operation in due:
+            operation.becomes_due()
+        self._due = [weakref.ref(operation) for operation in due]
 
 
 def _unpack(packed: Handle | Kept) -> Tensor:
     if isinstance(packed, Kept):
         return packed.checked()
     tensor = packed.geometry.on(packed.tape.restore(packed.value))
-    packed.value.asked()
+    packed.value.asked(packed.tape.holding)
     return tensor
-
-
-def _found(storage: torch.UntypedStorage | None) -> torch.UntypedStorage:
-    if storage is None:
-        raise RuntimeError("an operation to be run again reads what is not in memory")
-    return storage
-
-
-def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    whole = Geometry(torch.uint8, (storage.nbytes(),), (1,), 0).on(storage)
-    return whole.clone().untyped_storage()
 
 
 def _is_plain_tensor(leaf: Any) -> TypeGuard[Tensor]:
@@ -375,21 +284,3 @@ def _default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.empty(0, device=device).device.index]
     return torch.default_generator
-
-
-class _Random:
-    """The random state of an operation's first run within the body, if it had one."""
-
-    def __init__(self, state: tuple[torch.Generator, Tensor] | None) -> None:
-        self._state = state
-        self._now: Tensor | None = None
-
-    def __enter__(self) -> None:
-        if self._state is not None:
-            generator, then = self._state
-            self._now = generator.get_state()
-            generator.set_state(then)
-
-    def __exit__(self, *exc: Any) -> None:
-        if self._state is not None and self._now is not None:
-            self._state[0].set_state(self._now)

@@ -20,24 +20,21 @@ References: Korthikanti et al., Reducing Activation Recomputation in Large Trans
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
-from torch import nn
 
+from slimgrad.integer_programs import at_least, at_most, solve
 from slimgrad.method import Block, Offer, OperationGraph, Paper, Refusal, Restore, Scope, Undo
 from slimgrad.methods.activations.operation_tape import Tape
 from slimgrad.methods.activations.saved import returned_tensors
+from slimgrad.methods.activations.values import NOTE_S, RUN_S
+from slimgrad.methods.activations.wrapping import wrap_forward
 from slimgrad.types import Column, Exactness, format_bytes
 
-NOTE_S = 15e-6  # seconds that noting one operation takes, beside running it
-RUN_S = 20e-6  # and running it again
 _GRADES = (0.0, 0.03, 0.06, 0.12, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
 
 
@@ -77,7 +74,7 @@ def _cheapest(graph: OperationGraph, saved: Sequence[int], most: float) -> tuple
                     rows.append((row, 0.0))
     entries = [(i, column, v) for i, (row, _) in enumerate(rows) for column, v in row.items()]
     index = np.array([e[:2] for e in entries]).T
-    at_least = csr_array(
+    at_least_rows = csr_array(
         ([e[2] for e in entries], index), shape=(len(rows), num_storages + num_ops)
     )
     sizes = np.array([*graph.num_bytes, *[0] * num_ops], dtype=float)
@@ -86,19 +83,20 @@ def _cheapest(graph: OperationGraph, saved: Sequence[int], most: float) -> tuple
     cost = np.concatenate(
         (1e-4 * sizes[:num_storages] / scale, seconds / max(seconds.sum(), 1e-12))
     )
-    answer = milp(
+    answer = solve(
         cost,
-        constraints=[
-            LinearConstraint(at_least, lb=np.array([b for _, b in rows])),  # pyright: ignore[reportArgumentType]
-            LinearConstraint(sizes[None, :] / scale, ub=most / scale),  # pyright: ignore[reportArgumentType]
+        [
+            at_least(at_least_rows, np.array([b for _, b in rows])),
+            at_most(sizes[None, :] / scale, np.array([most / scale])),
         ],
-        integrality=np.concatenate((np.ones(num_storages), np.zeros(num_ops))),
-        bounds=Bounds(0, 1),
-        options={"time_limit": 2.0, "mip_rel_gap": 1e-2},
+        is_integer=np.concatenate((np.ones(num_storages), np.zeros(num_ops))),
+        upper=np.ones(num_storages + num_ops),
+        gap=1e-2,
+        limit_s=2.0,
     )
-    if answer.x is None:
+    if answer is None:
         return None
-    return tuple(int(i) for i in np.flatnonzero(np.round(answer.x[:num_storages])))
+    return tuple(int(i) for i in np.flatnonzero(np.round(answer[:num_storages])))
 
 
 @dataclass(frozen=True)
@@ -155,27 +153,13 @@ class SelectiveRecompute:
 
     def attach(self, block: Block) -> Undo:
         """Run the block's forward under a tape."""
-        module = block.live.model.get_submodule(block.path)
-        own = module.__dict__.get("forward")
-        plain: Callable[..., Any] = type(module).forward
         keep, device = frozenset(self.keep), block.live.device
 
-        @functools.wraps(plain)
-        def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            run = own if own is not None else functools.partial(plain, self_)
-            if not torch.is_grad_enabled():
-                return run(*args, **kwargs)
+        def run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             tape = Tape(keep, device)
             with tape:
-                result = run(*args, **kwargs)
+                result = forward(*args, **kwargs)
             tape.end(returned_tensors(result))
             return result
 
-        module.__dict__["forward"] = types.MethodType(forward, module)
-
-        def restore() -> None:
-            del module.__dict__["forward"]
-            if own is not None:
-                module.__dict__["forward"] = own
-
-        return Undo(restore)
+        return wrap_forward(block.live.model.get_submodule(block.path), run)
