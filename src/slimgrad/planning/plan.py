@@ -44,6 +44,12 @@ class Choice:
     freed: Mapping[str, int] = field(default_factory=dict)
     added_s: float = 0.0
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The paths of all blocks that it is about; none for the whole step."""
+        paths: tuple[str, ...] = tuple(self.fields.get("blocks", ()))
+        return paths or ((self.path,) if self.path else ())
+
 
 @dataclass
 class Plan:

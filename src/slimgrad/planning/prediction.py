@@ -82,22 +82,25 @@ def _same_settings(variant: Sequence[Setting], wanted: Sequence[Setting]) -> boo
 
 def _options(plan: Plan, profile: Profile, layout: Layout) -> list[Option]:
     """What the plan's methods make of each block as it is in this profile."""
-    by_path: dict[str, list[Choice]] = {}
+    by_blocks: dict[tuple[str, ...], list[Choice]] = {}
     for choice in plan.choices:
-        if choice.path in layout.blocks:
-            by_path.setdefault(choice.path, []).append(choice)
+        if choice.path and set(choice.blocks) <= layout.blocks.keys():
+            by_blocks.setdefault(choice.blocks, []).append(choice)
     found: list[Option] = []
-    for path, choices in by_path.items():
-        record = block_record(profile, layout, layout.blocks[path])
+    for blocks, choices in by_blocks.items():
+        is_run = len(blocks) > 1
+        record = block_record(profile, layout, layout.block(blocks if is_run else choices[0].path))
         methods: list[Method] = []
         for choice in choices:
             method = catalogue.get(choice.method, **choice.fields)
-            offer = method.offer(Block(path, Scope.BLOCK, record))
+            asked = Block(choice.path, method.scope, record, paths=blocks if is_run else ())
+            offer = method.offer(asked)
             if isinstance(offer, Offer) and isinstance(offer.record, Record):
                 record = offer.record
                 methods.append(method)
         if methods:
-            found.append(Option(path, tuple(methods), record, "", 0.0))
+            paths = blocks if is_run else ()
+            found.append(Option(choices[0].path, tuple(methods), record, "", 0.0, paths))
     return found
 
 
@@ -137,7 +140,7 @@ def block_paths(model: nn.Module, plan: Plan, profile: Profile) -> list[str]:
     """The blocks that the plan was made from: those measured, else those cut and those that it names."""
     measured = [row.path for row in profile.modules]
     known = [path for path, _ in model.named_modules() if path and path in measured]
-    chosen = [c.path for c in plan.choices if c.path]
+    chosen = [path for c in plan.choices if c.path for path in c.blocks]
     if known or not chosen:
         return known or cut(model)
     outer = [p for p in cut(model) if not any(c == p or c.startswith(f"{p}.") for c in chosen)]

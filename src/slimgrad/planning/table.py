@@ -39,13 +39,14 @@ def grouped(choices: Sequence[Choice]) -> list[list[Choice]]:
     """Choices of one method with one setting, together."""
     runs: dict[tuple[str, str], list[Choice]] = {}
     for choice in choices:
-        runs.setdefault((choice.method, str(sorted(choice.fields.items()))), []).append(choice)
+        fields = sorted((n, v) for n, v in choice.fields.items() if n not in ("blocks", "keep"))
+        runs.setdefault((choice.method, str(fields)), []).append(choice)
     return list(runs.values())
 
 
 def where(run: Sequence[Choice]) -> str:
     """The blocks of a run of choices, briefly."""
-    paths = [c.path for c in run if c.path]
+    paths = [path for choice in run for path in choice.blocks]
     if not paths:
         return "the whole step"
     if len(paths) <= 2:
