@@ -89,7 +89,8 @@ def limited(seconds: float | None) -> Generator[None]:
         raise TimeoutError(f"stopped after {seconds:.0f} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # again and again: an exception raised within a callback of the garbage collector is lost
+    signal.setitimer(signal.ITIMER_REAL, seconds, min(1.0, max(seconds, 0.05)))
     try:
         yield
     finally:
