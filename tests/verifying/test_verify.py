@@ -153,10 +153,11 @@ class _Scaled(torch.autograd.Function):
 
 
 def scaling(factor):
-    """An ``attach`` that gives the block's input a gradient ``factor`` times its true one."""
+    """An ``attach`` that gives the (last) block's input a gradient ``factor`` times its true one."""
 
-    def attach(_self, block):
-        module = block.live.model.get_submodule(block.path)
+    def attach(method, block):
+        path = (getattr(method, "blocks", ()) or (block.path,))[-1]
+        module = block.live.model.get_submodule(path)
         forward = module.forward
         module.forward = lambda x: forward(_Scaled.apply(x, factor))
         return Undo(lambda: module.__dict__.pop("forward"))
