@@ -10,6 +10,7 @@ from tests.sample_models import SAMPLES, adamw
 from torch import nn
 
 import slimgrad
+from slimgrad import catalogue
 from slimgrad.errors import BudgetError, PlanError, PlanTightened
 from slimgrad.measuring.fake import is_fake
 
@@ -162,7 +163,7 @@ def test_where_no_plan_is_leaner_the_next_step_is_refused_and_everything_is_whol
     assert step.num_steps == 1
     step.undo()
     assert State.of(step.host.model, step.host.optimizer).differences(expected) == []
-    enough = int(caught.value.smallest_bytes * 1.02)  # it says about what would do
+    enough = int(caught.value.smallest_bytes * 1.05)  # it says about what would do
     step, batch = applied(profile, hiding(200_000), enough)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanTightened)
@@ -235,13 +236,12 @@ def test_other_methods_are_exchanged_between_steps(name, profile_of):
 
 
 def test_an_exchange_that_fails_leaves_the_old_plan(profile, monkeypatch):
-    from slimgrad.methods.activations.recompute import Recompute
-
     model, optimizer, batch = stack()
     made = slimgrad.plan(profile, "100%", exactness="bitwise")
     leaner = slimgrad.plan(profile, "min", exactness="bitwise")
     step = slimgrad.apply(made, model, optimizer, squares)
-    monkeypatch.setattr(Recompute, "attach", lambda *_: 1 / 0)
+    last = catalogue.methods()[leaner.choices[-1].method]
+    monkeypatch.setattr(last, "attach", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         step.change_to(leaner)
     assert step.plan is made

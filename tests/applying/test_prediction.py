@@ -66,7 +66,7 @@ def test_a_larger_batch_takes_what_was_predicted(name, profile_of):
         with step.ledger(batch) as ledger:
             step(batch)
         step.undo()
-        assert 0.95 * predicted <= ledger.peak_bytes <= 1.005 * predicted, plan.choices
+        assert 0.92 * predicted <= ledger.peak_bytes <= 1.005 * predicted, plan.choices
         assert predicted > plan.peak_bytes
 
 
