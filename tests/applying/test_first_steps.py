@@ -119,7 +119,7 @@ def test_a_step_above_the_budget_is_tightened_told_and_fits(profile, given):
     assert told.measured.peak_bytes > budget >= before.peak_bytes
     assert told.before is before
     assert told.after is step.plan
-    assert step.plan.tightened_bytes == told.reserve_bytes >= 39_000
+    assert step.plan.tightened_bytes == told.reserve_bytes >= 35_000
     assert step.plan.peak_bytes <= budget - told.reserve_bytes
     assert step.plan.budget_bytes == before.budget_bytes
     for _ in range(4):
