@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slimgrad import catalogue
 from slimgrad.measuring.profile import Profile, Setting
@@ -21,7 +21,7 @@ from slimgrad.method import (
     Scope,
     method_name,
 )
-from slimgrad.planning.settings import block_record, model_record
+from slimgrad.planning.settings import block_record, gradients_stay, model_record
 from slimgrad.planning.simulate import Layout
 from slimgrad.types import Exactness
 
@@ -34,9 +34,13 @@ class Allowed:
     allow: tuple[str, ...] = ()
     error: float | None = None
     clip_grad_norm: float | None = None
+    compile: bool = True
+    num_steps: int = 1000
 
     def permits(self, method: Method | type[Method]) -> bool:
         """Whether a method may be used at all."""
+        if not self.compile and getattr(method, "compiles", False):
+            return False
         if method.exactness is Exactness.DIFFERENT:
             return method_name(method) in self.allow
         return self.exactness.allows(method.exactness)
@@ -147,7 +151,11 @@ def options(profile: Profile, scheme: Scheme, layout: Layout, allowed: Allowed) 
         c for c in catalogue.methods().values() if c.scope is Scope.BLOCK and allowed.permits(c)
     ]
     for path, block in layout.blocks.items():
-        record = block_record(profile, layout, block)
+        record = replace(
+            block_record(profile, layout, block),
+            num_steps=allowed.num_steps,
+            gradients_stay=gradients_stay(scheme.record),
+        )
         asked = Block(path, Scope.BLOCK, record)
         methods = [
             m for c in classes for m in (c.grades(asked) if issubclass(c, Graded) else [c()])
@@ -165,7 +173,9 @@ def refusals(profile: Profile, allowed: Allowed) -> dict[str, str]:
     reasons = dict(profile.refusals)
     record = model_record(profile, 1, allowed.clip_grad_norm)
     for name, cls in catalogue.methods().items():
-        if not allowed.permits(cls):
+        if not allowed.compile and getattr(cls, "compiles", False):
+            reasons[name] = "compiling was not allowed (allow_compile=False)"
+        elif not allowed.permits(cls):
             reasons[name] = f"its rung, {cls.exactness}, is looser than {allowed.exactness}"
         elif cls.scope is Scope.MODEL and not isinstance(cls, Rewriting):
             offer = cls().offer(Block("", Scope.MODEL, record))

@@ -9,8 +9,9 @@ import numpy as np
 from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.profile import Profile
 from slimgrad.measuring.trace import Trace
-from slimgrad.method import ModelRecord, Record
+from slimgrad.method import ModelRecord, Record, Update
 from slimgrad.planning.calls import BlockLayout, border_bytes, call_bytes, call_seconds
+from slimgrad.planning.compiled_calls import is_measured
 from slimgrad.planning.simulate import Layout
 
 
@@ -47,10 +48,16 @@ def model_record(profile: Profile, num_parts: int, clip_grad_norm: float | None)
     )
 
 
+def gradients_stay(record: ModelRecord) -> bool:
+    """Whether gradients stay until backward is over."""
+    return not record.gradients_in_files and record.update is Update.AFTER
+
+
 def block_record(profile: Profile, layout: Layout, block: BlockLayout) -> Record:
     """The record of a block as it was measured."""
     trace = layout.trace
     saved = sum(call_bytes(trace, s) for s in block.saved.values())
+    cost = profile.compiled.get(block.path)
     borders = [border_bytes(trace, trace.calls[c]) for c in block.calls]
     return Record(
         saved_bytes=saved,
@@ -64,6 +71,7 @@ def block_record(profile: Profile, layout: Layout, block: BlockLayout) -> Record
         read_bytes_s=profile.read_bytes_s,
         write_bytes_s=profile.write_bytes_s,
         graph=layout.graph(block.path),
+        compiled=cost if cost is not None and is_measured(layout, block.path, cost) else None,
     )
 
 

@@ -36,13 +36,16 @@ def slim(
     clip_grad_norm: float | None = None,
     verify: bool = True,
     folder: str | Path | None = None,
+    allow_compile: bool | None = None,
+    steps: int | None = None,
 ) -> Step:
     """Fit one training step of ``model`` into ``budget``: measure, plan, apply, verify.
 
     Returns a ``Step``: ``loss = step(batch)`` is forward, backward and optimizer. ``largest_batch`` is planned
     for instead of ``batch``; ``folder`` is where offloaded bytes go. With ``verify`` the step's peak is measured
     and its gradients are compared with plain training's before it is returned (``step.report``); where the peak
-    is above the budget, the plan is tightened by the difference and made again.
+    is above the budget, the plan is tightened by the difference and made again. ``allow_compile`` says whether
+    blocks may be compiled (None: where that is found to pay off within the run's ``steps``, None: 1000).
 
     Raises ``BudgetError`` where nothing allowed fits, ``VerificationError`` (everything undone) where the
     planned step does not do what plain training does, and what ``measure``, ``plan`` and ``apply`` raise.
@@ -50,7 +53,16 @@ def slim(
     asked = Budget.parse(budget)
     refuse_applied(model)
     sample = batch if largest_batch is None else largest_batch
-    profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes)
+    compiles = False if exactness == Exactness.BITWISE else allow_compile
+    profile = measure(
+        model,
+        optimizer,
+        loss_fn,
+        sample,
+        limit_bytes=asked.bytes,
+        allow_compile=compiles,
+        steps=steps,
+    )
     reserve, over, report = 0, 0, None
     for _ in range(_TIGHTENINGS):
         made = plan(
@@ -61,6 +73,8 @@ def slim(
             allow=allow,
             clip_grad_norm=clip_grad_norm,
             reserve_bytes=reserve,
+            allow_compile=compiles,
+            steps=steps,
         )
         made = replace(made, tightened_bytes=reserve)
         step = apply(made, model, optimizer, loss_fn, clip_grad_norm=clip_grad_norm, folder=folder)
