@@ -120,7 +120,8 @@ def visible_buffers() -> Generator[None]:
     another one for a while.
     """
     _open.append(1)
-    source: Any = torch._C._dynamo.guards
+    core: Any = torch._C
+    source = core._dynamo.guards
     true = {name: getattr(source, f"_{name}", None) for name in _MAKERS}
     if len(_open) == 1:
         for name, device in _MAKERS.items():

@@ -76,7 +76,8 @@ def captured_inputs(
         module = model.get_submodule(path)
         handles.append(module.register_forward_pre_hook(capture(path), with_kwargs=True))
     buffers = Buffers.of(model)
-    nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
+    none: Any = lambda _: None  # noqa: E731
+    nothing_saved = torch.autograd.graph.saved_tensors_hooks(none, none)
     try:
         with kept_randomness(), torch.enable_grad(), nothing_saved:
             loss_fn(model, batch)
@@ -168,7 +169,7 @@ def _run(
     with torch.enable_grad():
         value = _weighted(outs, _weights(outs))
         leaves = _leaves(module, inputs)
-        found: Sequence[Tensor | None] = torch.autograd.grad(value, leaves, allow_unused=True)
+        found: Any = torch.autograd.grad(value, leaves, allow_unused=True)
     return float(value.detach()), [
         torch.zeros_like(p) if g is None else g.detach() for g, p in zip(found, leaves, strict=True)
     ]

@@ -18,7 +18,7 @@ from slimgrad.planning.calls import call_seconds
 
 DEFAULT_STEPS = 1000  # of a run, where the user says nothing
 COMPILE_S = 30.0  # what one set of equal blocks is expected to take
-_MOST_GAIN = 0.3  # of a block's seconds: compiling rarely saves more
+_USUAL_GAIN = 0.1  # of a block's seconds
 _REFUSALS = 5  # reasons told in full
 
 
@@ -81,7 +81,7 @@ def compiled_costs(
 def _may_pay(trace: Trace, paths: list[str], steps: int) -> bool:
     calls = tuple(i for i, c in enumerate(trace.calls) if c.path in set(paths))
     seconds = sum(call_seconds(trace, calls, backward=b) for b in (False, True))
-    return _MOST_GAIN * seconds * steps > COMPILE_S
+    return _USUAL_GAIN * seconds * steps > COMPILE_S
 
 
 def _measured(
