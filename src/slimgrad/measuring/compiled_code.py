@@ -96,6 +96,18 @@ def _no_global_hooks() -> Generator[None]:
             table.update(before)
 
 
+def unmark_later(module: nn.Module) -> Callable[[], None]:
+    """An action that takes off the marks that torch.compile puts on parameters from now on."""
+    mark = "_dynamo_static_input_type"
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if not hasattr(t, mark)]
+
+    def unmark() -> None:
+        for tensor in tensors:
+            vars(tensor).pop(mark, None)
+
+    return unmark
+
+
 def is_compile_error(error: BaseException) -> bool:
     """Whether ``error`` comes from torch.compile itself, not from the code that it compiled."""
     raised = [type(e) for e in (error, error.__cause__) if e is not None]

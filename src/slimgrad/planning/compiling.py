@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from slimgrad.errors import PlanError
 from slimgrad.host import Host
-from slimgrad.measuring.compiled_code import cpp_compiler, first_line
+from slimgrad.measuring.compiled_code import cpp_compiler, first_line, unmark_later
 from slimgrad.measuring.compiled_cost import captured_inputs, compiled_cost
 from slimgrad.measuring.fake import is_fake
 from slimgrad.measuring.model_cache import switch_off_cache
@@ -91,6 +91,7 @@ def _measured(
     reasons: dict[str, str] = {}
     deadline = time.perf_counter() + limit_s
     undo = switch_off_cache(host.model)
+    undo.then(unmark_later(host.model))
     try:
         firsts, device = [paths[0] for paths in groups], host.device.type
         inputs = captured_inputs(host.model, host.loss_fn, batch, firsts, device)

@@ -25,7 +25,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from slimgrad.errors import UnsupportedError
-from slimgrad.measuring.compiled_code import compiled, cpp_compiler, first_line, is_compile_error
+from slimgrad.measuring.compiled_code import (
+    compiled,
+    cpp_compiler,
+    first_line,
+    is_compile_error,
+    unmark_later,
+)
 from slimgrad.method import (
     Block,
     CompiledCost,
@@ -96,7 +102,7 @@ class Compiled:
                 "plan again with allow_compile=False"
             )
         module = block.live.model.get_submodule(block.path)
-        run = compiled(module)
+        run, undo = compiled(module), Undo(unmark_later(module))
 
         @functools.wraps(run)
         def named(*args: Any, **kwargs: Any) -> Any:
@@ -111,9 +117,10 @@ class Compiled:
                 ) from error
 
         module.forward = named  # pyright: ignore[reportAttributeAccessIssue]
+        undo.then(lambda: module.__dict__.pop("forward", None))
         if self.recompute:
-            return Recompute().attach(block)
-        return Undo(lambda: module.__dict__.pop("forward", None))
+            undo.then(Recompute().attach(block))
+        return undo
 
 
 def _as_compiled(record: Record, cost: CompiledCost) -> Record:
