@@ -41,8 +41,9 @@ SLOW = {"gpt2", "residual_conv", "in_place", "non_contiguous"}  # left out to sa
 
 
 def _marks(name: str) -> list[Any]:
-    """Methods that compile take 10-40 s a sample."""
-    return [pytest.mark.slow] if compiles(name) else []
+    """Methods that compile take 10-40 s a sample, and torch.compile looks at every input's gradient."""
+    quiet = pytest.mark.filterwarnings("ignore:The .grad attribute")
+    return [pytest.mark.slow, quiet] if compiles(name) else []
 
 
 def compiles(name: str) -> bool:

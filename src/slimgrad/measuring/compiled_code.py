@@ -68,13 +68,13 @@ def _shapes(module: nn.Module) -> tuple[Any, ...]:
 
 @functools.cache
 def _twin(function: types.FunctionType, shapes: tuple[Any, ...]) -> types.FunctionType:  # pyright: ignore[reportUnusedParameter]
-    """The same function with a code object of its own."""
-    code, names = function.__code__.replace(), function.__globals__
-    twin = types.FunctionType(
-        code, names, function.__name__, function.__defaults__, function.__closure__
-    )
-    twin.__kwdefaults__ = function.__kwdefaults__
-    return twin
+    """A function that calls ``function``, with a code object of its own."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    code, names = forward.__code__.replace(), forward.__globals__
+    return types.FunctionType(code, names, function.__name__, None, forward.__closure__)
 
 
 def _is_watched() -> bool:
