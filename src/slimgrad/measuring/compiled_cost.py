@@ -183,18 +183,18 @@ def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 def _check_values(module: nn.Module, fast: Callable[..., Any], inputs: Inputs) -> None:
     """Gradients are those of the plain block; of a block that draws random numbers, those of its own values."""
+    random = RandomState.now()
     with _kept(module):
-        random = RandomState.now()
         _, plain = _run(module, module.forward, inputs)
         draws = not RandomState.now().same_as(random)
-        random.restore()
-        value, ours = _run(module, fast, inputs)
-        lowest = max((torch.finfo(g.dtype).eps for g in ours), default=0.0)
-        if inputs.autocast[0]:
-            lowest = max(lowest, torch.finfo(inputs.autocast[1]).eps)
-        error, bound = _distance(ours, plain), 1e4 * lowest
-        if draws:
-            error, bound = _off_slope(module, fast, inputs, random, value, ours), 0.05
+    with _kept(module):
+        _, ours = _run(module, fast, inputs)
+    lowest = max((torch.finfo(g.dtype).eps for g in ours), default=0.0)
+    if inputs.autocast[0]:
+        lowest = max(lowest, torch.finfo(inputs.autocast[1]).eps)
+    error, bound = _distance(ours, plain), 1e4 * lowest
+    if draws:
+        error, bound = _off_slope(module, fast, inputs, ours), 0.05
     if not error <= min(bound, 0.2):
         raise UnsupportedError(f"the compiled block's gradients are off by {error:.1e}")
 
@@ -203,8 +203,6 @@ def _off_slope(
     module: nn.Module,
     fast: Callable[..., Any],
     inputs: Inputs,
-    random: RandomState,
-    value: float,
     gradients: Sequence[Tensor],
 ) -> float:
     """How far the gradient's square is from a central difference of the value along it, with the same draws."""
@@ -214,11 +212,11 @@ def _off_slope(
     scale = length / max(square, 1e-30) ** 0.5
 
     def at(times: float) -> float:
-        random.restore()
         with torch.no_grad():
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 leaf.add_(gradient, alpha=times)
-        outs = _forward(fast, inputs)
+        with _kept(module):
+            outs = _forward(fast, inputs)
         return float(_weighted(outs, _weights(outs)).detach())
 
     kept = [leaf.detach().clone() for leaf in leaves]

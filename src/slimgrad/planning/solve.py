@@ -54,8 +54,10 @@ class Programme:
     @property
     def most_saved_s(self) -> float:
         """What the options that are faster than plain blocks save at most."""
-        best = np.where(self.one_of > 0, np.minimum(self.added_s, 0.0), 0.0)
-        return -float(best.min(axis=1, initial=0.0).sum())
+        if not self.options:
+            return 0.0
+        faster = np.minimum(self.added_s, 0.0)
+        return -float((self.one_of * faster).min(axis=1).sum())
 
     def _alone(self, option: Option) -> Changes:
         changes = Changes()

@@ -54,28 +54,13 @@ def slim(
     refuse_applied(model)
     sample = batch if largest_batch is None else largest_batch
     compiles = False if exactness == Exactness.BITWISE else allow_compile
-    profile = measure(
-        model,
-        optimizer,
-        loss_fn,
-        sample,
-        limit_bytes=asked.bytes,
-        allow_compile=compiles,
-        steps=steps,
-    )
+    run: dict[str, Any] = {"allow_compile": compiles, "steps": steps}
+    how: dict[str, Any] = {"exactness": exactness, "error": error, "allow": allow}
+    how["clip_grad_norm"] = clip_grad_norm
+    profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes, **run)
     reserve, over, report = 0, 0, None
     for _ in range(_TIGHTENINGS):
-        made = plan(
-            profile,
-            asked,
-            exactness=exactness,
-            error=error,
-            allow=allow,
-            clip_grad_norm=clip_grad_norm,
-            reserve_bytes=reserve,
-            allow_compile=compiles,
-            steps=steps,
-        )
+        made = plan(profile, asked, reserve_bytes=reserve, **how, **run)
         made = replace(made, tightened_bytes=reserve)
         step = apply(made, model, optimizer, loss_fn, clip_grad_norm=clip_grad_norm, folder=folder)
         step.profile = profile
