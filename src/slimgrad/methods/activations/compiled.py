@@ -8,7 +8,8 @@ Memory: activations: what the compiled block saves was measured on the real bloc
     Time: measured beside the plain block; compiling takes 10-40 s for each set of blocks that are alike, once, and
     is shared over the steps of the run.
 Exactness: exact. Sums are reassociated, so the bits differ. Dropout draws other masks than the plain block does:
-    where a block draws random numbers its gradient is compared with a finite difference before it is offered.
+    where a block draws random numbers its gradient is compared with a finite difference before it is offered, else
+    with the plain block's (torch 2.13 is wrong for a block that counts its calls in a buffer and divides by it).
 Limits: refused where no C++ compiler is found, where compiling was not allowed or would not pay off, where the
     block cannot be compiled as one graph, where its gradients differ, and where nothing is gained. A batch of
     another shape is compiled again. Without gradients the plain forward runs.
