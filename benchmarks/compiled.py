@@ -104,9 +104,12 @@ class Way:
             run()
         return found
 
-    def figures(self, run: Callable[[], object], plain: Callable[[], float]) -> dict[str, Any]:
+    def figures(
+        self, run: Callable[[], object], plain: Callable[[], float], step: Any = None
+    ) -> dict[str, Any]:
         first_s = timed(run)
-        with slimgrad.Ledger(self.model, self.optimizer, inputs=self.batch) as ledger:
+        ours = slimgrad.Ledger(self.model, self.optimizer, inputs=self.batch)
+        with ours if step is None else step.ledger(self.batch) as ledger:
             run()
         held = [*self.model.parameters(), *self.batch.values()]
         held += [v for s in self.optimizer.state.values() for v in s.values()]
@@ -164,7 +167,7 @@ def planned(
         with step.suspended():
             return timed(way.plain)
 
-    figures = way.figures(lambda: step(way.batch), plain)
+    figures = way.figures(lambda: step(way.batch), plain, step)
     step.undo()
     counted: dict[str, int] = {}
     for choice in plan.choices:
