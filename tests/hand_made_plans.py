@@ -86,7 +86,7 @@ def _scheme(
 
 def _option(profile: Profile, scheme: Scheme, layout: Layout, path: str, name: str) -> Option:
     method = catalogue.get(name)
-    record = block_record(profile, layout, layout.blocks[path])
+    record = block_record(profile, layout, layout.blocks[path], model=scheme.record)
     offer = method.offer(Block(path, Scope.BLOCK, record))
     if isinstance(offer, Refusal):
         raise Refused(name, offer.reason)

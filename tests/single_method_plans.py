@@ -89,7 +89,7 @@ def programme_of(profile: Profile, scheme: Scheme, chosen: dict[str, Method]) ->
     for path, method in chosen.items():
         if path not in layout.blocks:
             continue
-        record = block_record(profile, layout, layout.blocks[path])
+        record = block_record(profile, layout, layout.blocks[path], model=scheme.record)
         offer = method.offer(Block(path, Scope.BLOCK, record))
         if isinstance(offer, Refusal):
             assert offer.reason

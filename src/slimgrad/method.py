@@ -106,6 +106,29 @@ class OperationGraph:
 
 
 @dataclass(frozen=True)
+class CompiledCost:
+    """What one call of a block takes once it is compiled, measured on the real block. Bytes and seconds.
+
+    The peaks are above what is live when the block's forward, and its backward, begin. ``plain_*`` are the same
+    call's figures as it is; the seconds of both were taken in turns. ``num_sharing`` blocks share the code that
+    ``compile_s`` seconds made.
+    """
+
+    saved_bytes: int
+    forward_peak_bytes: int
+    backward_peak_bytes: int
+    forward_s: float
+    backward_s: float
+    plain_saved_bytes: int
+    plain_forward_s: float
+    plain_backward_s: float
+    compile_s: float
+    num_sharing: int
+    holds_inputs: bool
+    holds_outputs: bool
+
+
+@dataclass(frozen=True)
 class Record:
     """One block as measured, or as a method would make it. Bytes and seconds.
 
@@ -129,14 +152,20 @@ class Record:
     kept: tuple[int, ...] = ()  # storages that stay, by number, where operations are run again
     schedule: tuple[int, ...] = ()  # and, over several blocks in a row, what is held meanwhile
     held_anyway: tuple[int, ...] = ()  # storages that the rest of the step keeps alive, by number
+    compiled: CompiledCost | None = None  # None: not measured
+    is_compiled: bool = False
+    num_steps: int = 1000  # over which what is done once is paid off
+    once_s: float = 0.0  # its share of what is done once, not every step
+    gradients_stay: bool = True  # until backward is over: no update or file takes them before
     has_batch_statistics: bool = False
     read_bytes_s: float = 1e9
     write_bytes_s: float = 1e9
 
     @property
     def seconds(self) -> float:
-        """One step's time in this block."""
-        return self.forward_s + self.store_s + self.restore_s + self.backward_s
+        """One step's time in this block, with a step's part of what is done once."""
+        passes = self.forward_s + self.store_s + self.restore_s + self.backward_s
+        return passes + self.once_s / self.num_steps
 
 
 class Update(enum.StrEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from slimgrad import catalogue, measure
 from slimgrad.applying.step import apply
 from slimgrad.measuring.model_cache import switch_off_cache
 from slimgrad.measuring.profile import Profile
-from slimgrad.method import Method, Refusal, Rewriting, Scope
+from slimgrad.method import Method, Refusal, Rewriting, Scope, method_name
 from slimgrad.planning.profiling import setting_of
 from slimgrad.types import Exactness
 from slimgrad.verifying.gradient import (
@@ -37,8 +38,24 @@ from slimgrad.verifying.gradient import (
 )
 
 SLOW = {"gpt2", "residual_conv", "in_place", "non_contiguous"}  # left out to save time
+
+
+def _marks(name: str) -> list[Any]:
+    """Methods that compile take 10-40 s a sample, and torch.compile looks at every input's gradient."""
+    quiet = pytest.mark.filterwarnings("ignore:The .grad attribute")
+    return [pytest.mark.slow, quiet] if compiles(name) else []
+
+
+def compiles(name: str) -> bool:
+    """Whether a method runs torch.compile."""
+    return getattr(catalogue.methods()[name], "compiles", False)
+
+
 PAIRS = [
-    pytest.param(m, s, id=f"{m}-{s}") for m in catalogue.methods() for s in SAMPLES if s not in SLOW
+    pytest.param(m, s, id=f"{m}-{s}", marks=_marks(m))
+    for m in catalogue.methods()
+    for s in SAMPLES
+    if s not in SLOW
 ]
 EXACT_TOLERANCE = 1e-10
 Values = tuple[list[float], dict[str, Tensor], dict[str, Tensor]]
@@ -57,14 +74,23 @@ def settings_or_skip(name: str, sample: str) -> list[Method]:
             pytest.skip(f"refused: {profile_of(sample).refusals[name]}")
     if found[0].scope is not Scope.MODEL and not block_paths(model):
         pytest.skip("the model has no blocks")
+    if compiles(name) and not paths_for(found[0], sample):
+        pytest.skip(f"refused: {profile_of(sample, True).refusals['compiled']}")
     return list(found)
 
 
+def paths_for(method: Method, sample: str) -> list[str]:
+    """The blocks of a sample model that a method of scope ``block`` is attached to."""
+    if compiles(method_name(method)):
+        return list(profile_of(sample, True).compiled)
+    return block_paths(SAMPLES[sample].make()[0])
+
+
 @functools.cache
-def profile_of(sample: str) -> Profile:
+def profile_of(sample: str, allow_compile: bool = False) -> Profile:
     """The profile of a sample model; operations are not timed."""
     model, loss_fn, batch = SAMPLES[sample].make()
-    return measure(model, adamw(model), loss_fn, batch, limit_s=0.0)
+    return measure(model, adamw(model), loss_fn, batch, limit_s=0.0, allow_compile=allow_compile)
 
 
 def assert_same(ours: Values, theirs: Values, exactness: Exactness) -> None:
@@ -115,10 +141,12 @@ def two_plain_steps(model: nn.Module, loss_fn: Any, batch: Any) -> Values:
     return losses, gradients, {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def two_steps(method: Method, model: nn.Module, loss_fn: Any, batch: Any) -> Values:
+def two_steps(
+    method: Method, paths: Sequence[str], model: nn.Module, loss_fn: Any, batch: Any
+) -> Values:
     """The same two steps with ``method`` attached, put back afterwards."""
     optimizer, gradients = adamw(model), dict[str, Tensor]()
-    plan = hand_made(model, optimizer, method, block_paths(model))
+    plan = hand_made(model, optimizer, method, paths)
     with apply(plan, model, optimizer, loss_fn) as step:
         torch.manual_seed(11)
         losses = [float(step(batch))]
@@ -144,7 +172,9 @@ def test_values_are_those_of_plain_training(name: str, sample: str) -> None:
 
     plain = run((model, loss_fn, batch), two_plain_steps)
     for method in settings:
-        ours = run(in_double(sample), functools.partial(two_steps, method))
+        ours = run(
+            in_double(sample), functools.partial(two_steps, method, paths_for(method, sample))
+        )
         assert_same(ours, plain, exactness)
         scaled = (ours[0], {n: 0.9 * g for n, g in ours[1].items()}, ours[2])
         with pytest.raises(AssertionError):
@@ -173,7 +203,10 @@ def test_undo_leaves_nothing(name: str, sample: str) -> None:
     before, keys = left_on(model), list(model.state_dict())
     for method in settings_or_skip(name, sample):
         with apply(
-            hand_made(model, optimizer, method, block_paths(model)), model, optimizer, loss_fn
+            hand_made(model, optimizer, method, paths_for(method, sample)),
+            model,
+            optimizer,
+            loss_fn,
         ) as step:
             step(batch)
         assert left_on(model) == before
@@ -190,14 +223,14 @@ def test_undo_leaves_nothing(name: str, sample: str) -> None:
 @pytest.mark.parametrize(("name", "sample"), PAIRS)
 def test_predicted_peak_is_the_measured_one(name: str, sample: str) -> None:
     model, loss_fn, batch = SAMPLES[sample].make()
-    profile = profile_of(sample)
+    profile = profile_of(sample, compiles(name))
     for method in settings_or_skip(name, sample):
         by_block = method.scope is not Scope.MODEL
         scheme = scheme_of(profile, None if by_block else method)
         if isinstance(scheme, Refusal):
             assert len(scheme.reason) > 10
             pytest.skip(f"refused: {scheme.reason}")
-        chosen = dict.fromkeys(block_paths(model), method) if by_block else {}
+        chosen = dict.fromkeys(paths_for(method, sample), method) if by_block else {}
         programme = programme_of(profile, scheme, chosen)
         if by_block and not programme.options:
             pytest.skip("every block refuses")

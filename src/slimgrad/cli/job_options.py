@@ -36,6 +36,12 @@ _PLAN = (
         "--allow", multiple=True, help="A method of rung 'different' to allow; repeatable."
     ),
     click.option("--clip-grad-norm", type=float, help="Clip the gradient's global norm."),
+    click.option(
+        "--compile/--no-compile",
+        "allow_compile",
+        default=None,
+        help="Let blocks be compiled by torch.compile; default: where that pays off.",
+    ),
 )
 
 
@@ -69,4 +75,20 @@ def plan_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "exactness": options["exactness"],
         "allow": options["allow"],
         "clip_grad_norm": options["clip_grad_norm"],
+        "allow_compile": options["allow_compile"],
+        "steps": options.get("steps"),
     }
+
+
+def measure_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """What ``slimgrad.measure`` takes, among a command's options."""
+    is_bitwise = options["exactness"] == "bitwise"  # which compiled code never is
+    return {
+        "allow_compile": False if is_bitwise else options["allow_compile"],
+        "steps": options.get("steps"),
+    }
+
+
+run_length = click.option(
+    "--steps", type=click.IntRange(min=1), help="Steps of the run, over which compiling pays off."
+)

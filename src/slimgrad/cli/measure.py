@@ -14,13 +14,25 @@ from slimgrad.cli.job_options import job_options, job_spec
 @click.command()
 @job_options
 @click.option("--fake", is_flag=True, help="Allocate nothing: shapes only, no weights are read.")
+@click.option(
+    "--compile/--no-compile",
+    "allow_compile",
+    default=False,
+    show_default=True,
+    help="Compile blocks too (10-40 s each kind), so that plans from this profile may use them.",
+)
 @click.option("--html", type=click.Path(path_type=Path), help="Write an HTML report here.")
 @click.option(
     "--save", type=click.Path(path_type=Path), help="Write the profile here, for 'slimgrad plan'."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
 def command(
-    fake: bool, html: Path | None, save: Path | None, as_json: bool, **options: Any
+    fake: bool,
+    allow_compile: bool,
+    html: Path | None,
+    save: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Show where the memory and the time of one training step of MODEL go. Nothing is trained."""
     from slimgrad.measuring.profile import profile_to_json
@@ -34,7 +46,9 @@ def command(
         profile = measure(model, optimizer, loss_fn, batch, limit_bytes=1 << 28)
     else:
         job = open_job(spec)
-        profile = measure(job.model, job.optimizer, loss_fn, next(job.batches))
+        profile = measure(
+            job.model, job.optimizer, loss_fn, next(job.batches), allow_compile=allow_compile
+        )
     if save is not None:
         profile.save(save)
     if html is not None:

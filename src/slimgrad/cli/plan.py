@@ -8,12 +8,20 @@ from typing import Any
 
 import click
 
-from slimgrad.cli.job_options import job_options, job_spec, plan_arguments, plan_options
+from slimgrad.cli.job_options import (
+    job_options,
+    job_spec,
+    measure_arguments,
+    plan_arguments,
+    plan_options,
+    run_length,
+)
 
 
 @click.command()
 @job_options
 @plan_options
+@run_length
 @click.option(
     "--profile", type=click.Path(path_type=Path), help="Plan from a profile saved by 'measure'."
 )
@@ -49,7 +57,9 @@ def command(
         measured = Profile.load(profile)
     else:
         job = open_job(spec)
-        measured = measure(job.model, job.optimizer, loss_fn, next(job.batches))
+        measured = measure(
+            job.model, job.optimizer, loss_fn, next(job.batches), **measure_arguments(options)
+        )
     made = plan(measured, options["budget"], **plan_arguments(options))
     if save is not None:
         made.save(save)

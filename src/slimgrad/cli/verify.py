@@ -7,12 +7,19 @@ from typing import Any
 
 import click
 
-from slimgrad.cli.job_options import job_options, job_spec, plan_arguments, plan_options
+from slimgrad.cli.job_options import (
+    job_options,
+    job_spec,
+    plan_arguments,
+    plan_options,
+    run_length,
+)
 
 
 @click.command()
 @job_options
 @plan_options
+@run_length
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(as_json: bool, **options: Any) -> None:
     """Measure, plan and apply, then compare one planned step of MODEL with one plain step by value."""

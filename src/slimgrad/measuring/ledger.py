@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slimgrad.errors import SlimgradError
+from slimgrad.measuring.compiled_code import visible_buffers
 from slimgrad.measuring.tracker import Tracker
 from slimgrad.types import Column
 
@@ -60,8 +61,27 @@ def timeline_of(
     return MemoryTimeline(live, tuple(marks))
 
 
+class InsideCompiled(Tracker):
+    """A tracker that compiled code runs under, instead of giving way to the plain code that it was made from."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiling itself is not watched; what was compiled is."""
+        return True
+
+    def __enter__(self) -> InsideCompiled:
+        self._buffers = visible_buffers()
+        self._buffers.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self._buffers.__exit__(None, None, None)
+
+
 class Ledger:
-    """Counts the bytes of live tensors on a device while it is entered.
+    """Counts the bytes of live tensors on a device while it is entered, those inside compiled code too.
 
     >>> import torch
     >>> with Ledger() as ledger:
@@ -82,7 +102,7 @@ class Ledger:
         owned: Iterable[tuple[Column, Tensor]] = (),
         device: torch.device | None = None,
     ) -> None:
-        self._tracker = Tracker(model, optimizer, inputs=inputs, owned=owned, device=device)
+        self._tracker = InsideCompiled(model, optimizer, inputs=inputs, owned=owned, device=device)
         self._entered = False
         self._timeline: MemoryTimeline | None = None
 

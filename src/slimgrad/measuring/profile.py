@@ -20,12 +20,13 @@ from slimgrad.measuring.clock import Rates
 from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.optimizer import OptimizerLaw, ParameterLaw
 from slimgrad.measuring.trace import Call, Trace
+from slimgrad.method import CompiledCost
 from slimgrad.types import Column
 
 Setting = tuple[str, tuple[tuple[str, Any], ...]]
 """A method's name and its fields: what was attached while a variant of the step was traced."""
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class ModuleCost:
 
 @dataclass
 class Profile:
-    """A measured step. ``variants`` maps the rewriting methods attached (none: the plain step) to its trace."""
+    """A measured step. ``variants`` maps the rewriting methods attached (none: the plain step) to its trace.
+
+    ``compiled`` has what those blocks take once compiled that were measured so, by path.
+    """
 
     fingerprint: str
     device: str
@@ -66,6 +70,7 @@ class Profile:
     faked: bool = True
     versions: dict[str, str] = field(default_factory=dict)
     batch_shapes: Shapes = field(default_factory=dict)
+    compiled: dict[str, CompiledCost] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -181,13 +186,14 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
     out = {
         name: getattr(profile, name)
         for name in Profile.__dataclass_fields__
-        if name not in ("variants", "law", "rates", "modules", "plain_timeline")
+        if name not in ("variants", "law", "rates", "modules", "plain_timeline", "compiled")
     }
     out["format"] = FORMAT
     out["law"] = asdict(profile.law)
     out["rates"] = asdict(profile.rates)
     out["modules"] = [asdict(m) for m in profile.modules]
     out["timeline"] = {c.value: live.tolist() for c, live in profile.plain_timeline.columns.items()}
+    out["compiled"] = {path: asdict(cost) for path, cost in profile.compiled.items()}
     out["marks"] = [list(mark) for mark in profile.plain_timeline.marks]
     out["variants"] = [[list(key), _trace_to_json(t)] for key, t in profile.variants.items()]
     out["peak_bytes"] = profile.peak_bytes
@@ -198,7 +204,7 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
 def profile_from_json(data: Mapping[str, Any]) -> Profile:
     """A profile from plain data; raises KeyError, TypeError or ValueError where it is not one."""
     if data["format"] != FORMAT:
-        raise ValueError(f"format {data['format']} is not {FORMAT}")
+        raise ValueError(f"format {data['format']} is not {FORMAT}: measure again")
     plain = {
         name: data[name]
         for name in Profile.__dataclass_fields__
@@ -210,6 +216,7 @@ def profile_from_json(data: Mapping[str, Any]) -> Profile:
         "batch_shapes": shapes_from_json(data.get("batch_shapes", {})),
         "law": OptimizerLaw(**law),
         "rates": Rates(**data["rates"]),
+        "compiled": {path: CompiledCost(**c) for path, c in data["compiled"].items()},
         "modules": [ModuleCost(**m) for m in data["modules"]],
         "variants": {
             tuple(setting_from_json(s) for s in key): _trace_from_json(t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,9 +38,13 @@ class Allowed:
     allow: tuple[str, ...] = ()
     error: float | None = None
     clip_grad_norm: float | None = None
+    compile: bool = True
+    num_steps: int = 1000
 
     def permits(self, method: Method | type[Method]) -> bool:
         """Whether a method may be used at all."""
+        if not self.compile and getattr(method, "compiles", False):
+            return False
         if method.exactness is Exactness.DIFFERENT:
             return method_name(method) in self.allow
         return self.exactness.allows(method.exactness)
@@ -160,24 +165,26 @@ def options(profile: Profile, scheme: Scheme, layout: Layout, allowed: Allowed) 
     single = [c for c in permitted if c.scope is Scope.BLOCK]
     several = [c for c in permitted if c.scope is Scope.RUN]
     found: list[Option] = []
+    recorded = functools.partial(
+        block_record, profile, layout, model=scheme.record, num_steps=allowed.num_steps
+    )
     for path in layout.blocks:
-        found += _offered(profile, scheme, layout, path, single)
+        found += _offered(scheme, layout, recorded(layout.block(path)), path, single)
     if several and layout.trace.reads:
         for chain in chains(layout):
             for segment in segments(chain):
-                found += _offered(profile, scheme, layout, segment, several)
+                found += _offered(scheme, layout, recorded(layout.block(segment)), segment, several)
     return found
 
 
 def _offered(
-    profile: Profile,
     scheme: Scheme,
     layout: Layout,
+    record: Record,
     where: str | tuple[str, ...],
     classes: list[type[Method]],
 ) -> Iterator[Option]:
     block = layout.block(where)
-    record = block_record(profile, layout, block)
     is_run = len(block.paths) > 1
     scope = Scope.RUN if is_run else Scope.BLOCK
     asked = Block(block.path, scope, record, paths=block.paths if is_run else ())
@@ -204,7 +211,9 @@ def refusals(profile: Profile, allowed: Allowed) -> dict[str, str]:
     reasons = dict(profile.refusals)
     record = model_record(profile, 1, allowed.clip_grad_norm)
     for name, cls in catalogue.methods().items():
-        if not allowed.permits(cls):
+        if not allowed.compile and getattr(cls, "compiles", False):
+            reasons[name] = "compiling was not allowed (allow_compile=False)"
+        elif not allowed.permits(cls):
             reasons[name] = f"its rung, {cls.exactness}, is looser than {allowed.exactness}"
         elif cls.scope is Scope.MODEL and not isinstance(cls, Rewriting):
             offer = cls().offer(Block("", Scope.MODEL, record))

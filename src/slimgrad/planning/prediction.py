@@ -52,7 +52,7 @@ def predicted_peak(plan: Plan, profile: Profile) -> int:
     methods = [catalogue.get(c.method, **c.fields) for c in plan.choices if not c.path]
     scheme = _scheme(plan, profile, sorted(methods, key=attach_order))
     layout = layout_of(profile, scheme.trace)
-    chosen = _options(plan, profile, layout)
+    chosen = _options(plan, profile, layout, scheme.record)
     live, _ = Programme(scheme, layout, chosen).replay(np.ones(len(chosen)))
     return int(live.max())
 
@@ -80,7 +80,7 @@ def _same_settings(variant: Sequence[Setting], wanted: Sequence[Setting]) -> boo
     return len(variant) == len(wanted) and all(setting in variant for setting in wanted)
 
 
-def _options(plan: Plan, profile: Profile, layout: Layout) -> list[Option]:
+def _options(plan: Plan, profile: Profile, layout: Layout, model: ModelRecord) -> list[Option]:
     """What the plan's methods make of each block as it is in this profile."""
     by_blocks: dict[tuple[str, ...], list[Choice]] = {}
     for choice in plan.choices:
@@ -89,7 +89,8 @@ def _options(plan: Plan, profile: Profile, layout: Layout) -> list[Option]:
     found: list[Option] = []
     for blocks, choices in by_blocks.items():
         is_run = len(blocks) > 1
-        record = block_record(profile, layout, layout.block(blocks if is_run else choices[0].path))
+        block = layout.block(blocks if is_run else choices[0].path)
+        record = block_record(profile, layout, block, model=model, num_steps=plan.num_steps)
         methods: list[Method] = []
         for choice in choices:
             method = catalogue.get(choice.method, **choice.fields)

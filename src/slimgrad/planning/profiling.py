@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from slimgrad.method import Block, Method, Refusal, Rewriting, Scope, hyperparam
 from slimgrad.methods.gradients.micro_batches import has_batch_statistics
 from slimgrad.planning.arguments import check_arguments
 from slimgrad.planning.calls import call_bytes, call_seconds
+from slimgrad.planning.compiling import check_steps, compiled_costs
 from slimgrad.planning.settings import plain_record
 from slimgrad.planning.simulate import Layout
 from slimgrad.storage import measure_bandwidth, open_store
@@ -41,12 +43,19 @@ def measure(
     *,
     limit_bytes: int | None = None,
     limit_s: float = 20.0,
+    allow_compile: bool | None = None,
+    steps: int | None = None,
+    compile_limit_s: float = 120.0,
 ) -> Profile:
     """Measure where the memory and the time of one training step go. Changes nothing.
 
     Bytes come from fake tensors: nothing is allocated for them. Seconds come from single operations run for
     real, none of which takes more than ``limit_bytes`` (default: unlimited) nor all of them much more than
     ``limit_s`` seconds. ``optimizer=None`` measures a forward and backward pass alone.
+
+    With ``allow_compile`` one block of each set of equal ones is compiled too (10-40 s each) and run beside the
+    plain one, on what one real forward pass gives it; no more are begun after ``compile_limit_s`` seconds. None:
+    where a C++ compiler is found and a run of ``steps`` (None: 1000) is long enough to pay for it.
 
     Raises ``BatchError``, ``ModelError``, ``LossError`` or ``UnsupportedError`` for input that cannot be
     trained on.
@@ -65,7 +74,12 @@ def measure(
     seconds, rates = time_operations(list(keys), limit_bytes=limit_bytes, limit_s=limit_s)
     for trace in (plain, *traces.values()):
         trace.op_seconds = seconds[trace.op]
-    return _profile(host, batch, plain, traces, law, rates, refusals)
+    costs, reason = compiled_costs(
+        host, batch, traces[()], allow_compile, check_steps(steps), compile_limit_s
+    )
+    if reason is not None:
+        refusals["compiled"] = reason
+    return replace(_profile(host, batch, plain, traces, law, rates, refusals), compiled=costs)
 
 
 def check_model(model: nn.Module, optimizer: Optimizer | None) -> None:

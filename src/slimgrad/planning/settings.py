@@ -9,8 +9,10 @@ import numpy as np
 from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.profile import Profile
 from slimgrad.measuring.trace import Trace
-from slimgrad.method import ModelRecord, Record
+from slimgrad.method import ModelRecord, Record, Update
 from slimgrad.planning.calls import BlockLayout, border_bytes, call_bytes, call_seconds
+from slimgrad.planning.compiled_calls import is_measured
+from slimgrad.planning.compiling import DEFAULT_STEPS
 from slimgrad.planning.simulate import Layout
 
 
@@ -47,10 +49,18 @@ def model_record(profile: Profile, num_parts: int, clip_grad_norm: float | None)
     )
 
 
-def block_record(profile: Profile, layout: Layout, block: BlockLayout) -> Record:
-    """The record of a block as it was measured."""
+def block_record(
+    profile: Profile,
+    layout: Layout,
+    block: BlockLayout,
+    *,
+    model: ModelRecord,
+    num_steps: int = DEFAULT_STEPS,
+) -> Record:
+    """The record of a block as it was measured, in a step that is run as ``model`` says."""
     trace = layout.trace
     saved = sum(call_bytes(trace, s) for s in block.saved.values())
+    cost = profile.compiled.get(block.path) if len(block.paths) == 1 else None
     borders = [
         (border_bytes(trace, trace.calls[g[0]])[0], border_bytes(trace, trace.calls[g[-1]])[1])
         for g in block.groups
@@ -68,6 +78,9 @@ def block_record(profile: Profile, layout: Layout, block: BlockLayout) -> Record
         write_bytes_s=profile.write_bytes_s,
         graph=layout.graph(block.where),
         held_anyway=layout.held_anyway(block.where),
+        compiled=cost if cost is not None and is_measured(layout, block.path, cost) else None,
+        num_steps=num_steps,
+        gradients_stay=not model.gradients_in_files and model.update is Update.AFTER,
     )
 
 

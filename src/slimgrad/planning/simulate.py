@@ -19,6 +19,7 @@ from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.trace import Trace
 from slimgrad.method import ModelRecord, OperationGraph, Record, Restore, Update
 from slimgrad.planning.calls import BlockLayout, Changes
+from slimgrad.planning.compiled_calls import compiled_changes, compiled_held
 from slimgrad.planning.operations import (
     CallOperations,
     Reads,
@@ -190,6 +191,8 @@ class Layout:
         ``offloaded`` are the calls of all blocks that are copied back, each while the one after it is in backward
         (None: as if every call were).
         """
+        if record.is_compiled:
+            return compiled_changes(self, self.block(where).path, record)
         changes = Changes()
         if record.restore is Restore.OPERATIONS:
             return tape_changes(self, where, record)
@@ -272,6 +275,8 @@ class Layout:
 
     def held(self, where: str | tuple[str, ...], record: Record) -> dict[int, int]:
         """Storages that a block behaving as ``record`` says keeps alive longer: storage -> until which slot."""
+        if record.is_compiled:
+            return compiled_held(self, self.block(where).path, record)
         if not record.holds_inputs:
             return {}
         if record.restore is not Restore.OPERATIONS:

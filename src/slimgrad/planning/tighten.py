@@ -35,6 +35,8 @@ def replan_of(made: Plan, profile: Profile) -> Replan:
         exactness=made.exactness,
         allow=made.allow,
         clip_grad_norm=made.clip_grad_norm,
+        allow_compile=made.allow_compile,
+        steps=made.num_steps,
     )
     return lambda *, reserve_bytes: replace(again(reserve_bytes=reserve_bytes), budget=made.budget)
 

@@ -51,6 +51,7 @@ class TrainRequest:
     save_every: int = 0
     proof: bool = True
     ready_plan: Plan | None = None
+    allow_compile: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,15 @@ def _planned(request: TrainRequest, job: Job, listener: Listener) -> tuple[Plan,
     job.batches.restore(position)
     limit = Budget.parse(request.budget).bytes
     weights = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    compiles = False if request.exactness is Exactness.BITWISE else request.allow_compile
     profile = measure(
         job.model,
         job.optimizer,
         loss_fn,
         batch,
         limit_bytes=max(limit - weights, 1 << 26) if limit else None,
+        allow_compile=compiles,
+        steps=request.num_steps,
     )
     listener.measured(profile)
     made = plan(
@@ -177,6 +181,8 @@ def _planned(request: TrainRequest, job: Job, listener: Listener) -> tuple[Plan,
         exactness=request.exactness,
         allow=request.allow,
         clip_grad_norm=request.clip_grad_norm,
+        allow_compile=compiles,
+        steps=request.num_steps,
     )
     listener.planned(made)
     return made, profile

@@ -41,6 +41,8 @@ def slim(
     verify: bool = True,
     folder: str | Path | None = None,
     on_larger: str = "split",
+    allow_compile: bool | None = None,
+    steps: int | None = None,
 ) -> Step:
     """Fit one training step of ``model`` into ``budget``: measure, plan, apply, verify.
 
@@ -50,7 +52,8 @@ def slim(
     measured and its gradients are compared with plain training's before it is returned (``step.report``); where the
     peak is above the budget, the plan is made again with what the prediction was short of kept free. Without,
     nothing is run now and gradients are not compared: the step measures its own first three calls instead, and
-    tightens its plan between them (``step.history``, ``step.tightenings``).
+    tightens its plan between them (``step.history``, ``step.tightenings``). ``allow_compile`` says whether blocks
+    may be compiled (None: where that is found to pay off within the run's ``steps``, None: 1000).
 
     Raises ``BudgetError`` where nothing allowed fits, ``NonFiniteLoss`` where the loss of the sample batch is NaN or
     infinite, ``VerificationError`` (everything undone) where the planned step does not do what plain training
@@ -60,9 +63,11 @@ def slim(
     asked = Budget.parse(budget)
     refuse_applied(model)
     sample = batch if largest_batch is None else largest_batch
-    profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes)
-    wanted = {"exactness": exactness, "error": error, "allow": allow}
-    replan = functools.partial(plan, profile, asked, clip_grad_norm=clip_grad_norm, **wanted)
+    compiles = False if exactness == Exactness.BITWISE else allow_compile
+    run: dict[str, Any] = {"allow_compile": compiles, "steps": steps}
+    profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes, **run)
+    run |= {"exactness": exactness, "error": error, "allow": allow}
+    replan = functools.partial(plan, profile, asked, clip_grad_norm=clip_grad_norm, **run)
     applied = functools.partial(
         apply, clip_grad_norm=clip_grad_norm, folder=folder, profile=profile, on_larger=on_larger
     )

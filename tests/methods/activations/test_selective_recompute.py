@@ -29,7 +29,7 @@ from slimgrad.measuring.profile import Profile
 from slimgrad.method import Block, OperationGraph, Refusal, Scope
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute, pareto_front
 from slimgrad.planning.plan import Choice
-from slimgrad.planning.settings import block_record, layout_of
+from slimgrad.planning.settings import block_record, layout_of, model_record
 
 CPU = torch.device("cpu")
 
@@ -305,7 +305,8 @@ def test_calls_that_differ_are_refused():
     model = Twice()
     profile = measure(model, None, lambda m, b: m(b).sum(), torch.randn(4, 8), limit_s=0.0)
     layout = layout_of(profile, profile.variants[()])
-    record = block_record(profile, layout, layout.blocks["body.0"])
+    model = model_record(profile, 1, None)
+    record = block_record(profile, layout, layout.blocks["body.0"], model=model)
     offer = SelectiveRecompute().offer(Block("body.0", Scope.BLOCK, record))
     assert isinstance(offer, Refusal)
     assert "differ" in offer.reason
