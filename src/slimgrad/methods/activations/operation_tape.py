@@ -10,17 +10,16 @@ what backward does not ask for is not computed, and what was computed is let go 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from slimgrad.measuring.trace import written_arguments
 from slimgrad.methods.activations.saved import Geometry, Kept, is_plain
@@ -29,9 +28,13 @@ from slimgrad.methods.activations.values import (
     Argument,
     Operation,
     Value,
+    Nest,
     copied,
+    flattened,
     found_storage,
+    nested,
     recipe,
+    results,
 )
 
 # running statistics: written, though the schema does not tell, and in training without a part in what is returned
@@ -43,8 +46,7 @@ _EMPTY = frozenset(
 _RESIZING = frozenset(["resize_", "resize_as_", "set_"])
 
 
-@dataclass(frozen=True)
-class Handle:
+class Handle(NamedTuple):
     """What autograd keeps in place of a saved tensor."""
 
     value: Value
@@ -74,12 +76,12 @@ class Tape(TorchDispatchMode):
         self._passed: list[tuple[weakref.ref[Tensor], int]] = []  # from a stage, and its version
         self._turned_to: int | None = None  # the stage that backward is at
         self._due: list[weakref.ref[Operation]] = []
-        self._found: weakref.WeakSet[Value] = weakref.WeakSet()
+        self._found: list[weakref.ref[Value]] = []  # computed again, and held for a while
         self._index = itertools.count()
         self._newest: dict[int, Value] = {}  # of each storage met, by its cdata
         self._number: dict[int, int] = {}  # of each storage made here
         self._filled: set[int] = set()
-        self._asked: weakref.WeakSet[Value] = weakref.WeakSet()
+        self._asked: dict[int, list[weakref.ref[Value]]] = {}  # by stage
         self._hooks: Any = None
 
     # -- the first run ---------------------------------------------------------------------------------
@@ -119,23 +121,29 @@ class Tape(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` and note it."""
-        kwargs = kwargs or {}
-        if func.namespace == "prim":
+        kwargs, kind = kwargs or {}, _kind(func)
+        if kind.is_of_interpreter:
             return func(*args, **kwargs)
-        leaves, spec = tree_flatten((tuple(args), kwargs))
-        name = func._schema.name.rpartition("::")[2]
-        if name in _STATISTICS and leaves[_TRAINING] is True:
-            leaves = [None if i in _STATISTICS[name] else x for i, x in enumerate(leaves)]
+        leaves, nest = flattened(args, kwargs)
+        if kind.statistics and leaves[_TRAINING] is True:
+            leaves = [None if i in kind.statistics else x for i, x in enumerate(leaves)]
+        if kind.is_view:  # it reads and makes no value
+            for x in leaves:
+                if isinstance(x, Tensor) and is_plain(x):
+                    self._value(x)
+            return func(*args, **kwargs)
         noted = [
-            Argument(self._value(x), Geometry.of(x)) if _is_plain_tensor(x) else x for x in leaves
+            Argument(self._value(x), Geometry.of(x)) if isinstance(x, Tensor) and is_plain(x) else x
+            for x in leaves
         ]
-        random, grad = _random_state(func, leaves), torch.is_grad_enabled()
-        operation = Operation(next(self._index), self.stage, func, noted, spec, random, grad)
-        written = _written(func, spec, leaves)
+        random = _random_state(leaves) if kind.is_random else None
+        grad = torch.is_grad_enabled()
+        operation = Operation(next(self._index), self.stage, func, noted, nest, random, grad)
+        written = _written(func, nest, leaves) if kind.is_mutable else []
         for position in written:
             self._before_write(noted[position])
         out = func(*args, **kwargs)
-        self._note(operation, name, leaves, written, out)
+        self._note(operation, kind.name, leaves, written, out)
         return out
 
     def _before_write(self, argument: Any) -> None:
@@ -148,19 +156,20 @@ class Tape(TorchDispatchMode):
     def _note(
         self, operation: Operation, name: str, leaves: list[Any], written: list[int], out: Any
     ) -> None:
-        made = tree_flatten(out)[0]
-        is_plain_one = all(is_plain(x) for x in (*leaves, *made) if isinstance(x, Tensor))
+        made = [(i, x) for i, x in enumerate(results(out)) if isinstance(x, Tensor)]
+        plain = [(i, x) for i, x in made if is_plain(x)]
+        is_plain_one = len(plain) == len(made) and not any(
+            isinstance(x, Tensor) for x in operation.leaves
+        )
         repeatable = is_plain_one and name not in _RESIZING
-        for value in operation.reads():
+        for value in operation.reads:
             value.is_read = True
         for position in written:
-            tensor = leaves[position]
-            if _is_plain_tensor(tensor):
+            if type(operation.leaves[position]) is Argument:
+                tensor = leaves[position]
                 self._makes(operation, -1 - position, tensor, repeatable)
                 self._filled.add(tensor.untyped_storage()._cdata)
-        for position, tensor in enumerate(made):
-            if not _is_plain_tensor(tensor):
-                continue
+        for position, tensor in plain:
             key = tensor.untyped_storage()._cdata
             if key not in self._newest:  # neither a view nor an argument returned
                 if tensor.device.type == self._device.type:  # what is elsewhere stays there
@@ -201,7 +210,8 @@ class Tape(TorchDispatchMode):
         if value.made_by is None:
             return Kept.of(tensor)
         value.num_handles += 1
-        self._asked.add(value)
+        if value.num_handles == 1:
+            self._asked.setdefault(value.stage, []).append(weakref.ref(value))
         return Handle(value, Geometry.of(tensor), self)
 
     # -- backward --------------------------------------------------------------------------------------
@@ -220,7 +230,7 @@ class Tape(TorchDispatchMode):
                 operation.run(self.holding)
         if len(self.holdings) > 1:
             for operation in operations:
-                self._found.update(v for _, reference in operation.makes if (v := reference()))
+                self._found += [ref for _, ref in operation.makes if (v := ref()) and v.is_memo]
         storage = found_storage(value.here)
         value.num_due -= 1
         return storage
@@ -233,19 +243,25 @@ class Tape(TorchDispatchMode):
             return
         self.holding = holding
         if first and len(self.holdings) > 1:
-            for operation in recipe(self._asked):
-                for value in operation.reads():
+            for operation in recipe(self._asked_in(self._asked)):
+                for value in operation.reads:
                     value.last_stage = max(value.last_stage, operation.stage)
         for reference in self._due:
             if (operation := reference()) is not None:
                 operation.is_off()
-        for value in self._found:
-            value.settle(holding)
-        wanted = [v for v in self._asked if v.num_handles and v.stage in holding.stages]
+        for reference in self._found:
+            if (value := reference()) is not None:
+                value.settle(holding)
+        self._found = [ref for ref in self._found if (v := ref()) and v.is_memo]
+        wanted = [v for v in self._asked_in(holding.stages) if v.num_handles]
         due = [operation for operation in recipe(wanted) if operation.stage in holding.stages]
         for operation in due:
             operation.becomes_due()
         self._due = [weakref.ref(operation) for operation in due]
+
+    def _asked_in(self, stages: Iterable[int]) -> list[Value]:
+        references = itertools.chain.from_iterable(self._asked.get(s, ()) for s in stages)
+        return [value for reference in references if (value := reference()) is not None]
 
 
 def _unpack(packed: Handle | Kept) -> Tensor:
@@ -256,23 +272,39 @@ def _unpack(packed: Handle | Kept) -> Tensor:
     return tensor
 
 
-def _is_plain_tensor(leaf: Any) -> TypeGuard[Tensor]:
-    return isinstance(leaf, Tensor) and is_plain(leaf)
+class _Kind(NamedTuple):
+    """What is the same for all calls of an operation."""
+
+    name: str
+    is_of_interpreter: bool
+    is_view: bool
+    is_mutable: bool
+    is_random: bool
+    statistics: tuple[int, ...]
 
 
-def _written(func: Any, spec: Any, leaves: list[Any]) -> list[int]:
+@functools.cache
+def _kind(func: Any) -> _Kind:
+    name = func._schema.name.rpartition("::")[2]
+    is_random = torch.Tag.nondeterministic_seeded in func.tags
+    statistics = _STATISTICS.get(name, ())
+    is_of_interpreter = func.namespace == "prim"
+    return _Kind(
+        name, is_of_interpreter, func.is_view, func._schema.is_mutable, is_random, statistics
+    )
+
+
+def _written(func: Any, nest: Nest | None, leaves: list[Any]) -> list[int]:
     """Positions among ``leaves`` of the arguments that the operation writes into."""
-    if not func._schema.is_mutable:
-        return []
-    args, kwargs = tree_unflatten(list(range(len(leaves))), spec)
-    positions = tree_flatten(written_arguments(func, args, kwargs))[0]
-    return [i for i in positions if isinstance(i, int)]
+    args, kwargs = nested(range(len(leaves)), nest)
+    found: list[int] = []
+    for positions in written_arguments(func, args, kwargs):
+        found += positions if isinstance(positions, list) else [positions]
+    return [i for i in found if i is not None]
 
 
-def _random_state(func: Any, leaves: list[Any]) -> tuple[torch.Generator, Tensor] | None:
-    """The generator that the operation draws from and its state, if it draws."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return None
+def _random_state(leaves: list[Any]) -> tuple[torch.Generator, Tensor]:
+    """The generator that a random operation draws from, and its state."""
     generator = next((x for x in leaves if isinstance(x, torch.Generator)), None)
     if generator is None:
         device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,7 @@ MODIFIED = (
 )
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """What autograd keeps of a tensor that stays: hooks do without its own check of the version."""
 
     tensor: Tensor
@@ -35,8 +33,7 @@ class Kept:
         return self.tensor
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """A tensor's place on its storage."""
 
     dtype: torch.dtype
@@ -47,8 +44,7 @@ class Geometry:
     @staticmethod
     def of(tensor: Tensor) -> Geometry:
         """The geometry of ``tensor``."""
-        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-        return Geometry(tensor.dtype, shape, stride, int(tensor.storage_offset()))
+        return Geometry(tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())  # pyright: ignore[reportArgumentType]
 
     def on(self, storage: torch.UntypedStorage) -> Tensor:
         """A tensor of this geometry on ``storage``."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from slimgrad.methods.activations.saved import MODIFIED, Geometry
 from slimgrad.methods.activations.schedules import Holding
 
-NOTE_S = 15e-6  # seconds that noting one operation takes, beside running it
-RUN_S = 20e-6  # and running it again
+NOTE_S = 60e-6  # seconds that noting one operation takes, beside running it
+RUN_S = 40e-6  # and running it again
 
 
 class Value:
@@ -31,7 +30,7 @@ class Value:
         self.is_read = False
         self.num_handles = 0  # those not asked for yet
         self.num_due = 0  # operations yet to be run again that read it
-        self._kept: Tensor | None = None
+        self._kept: torch.UntypedStorage | None = None
         self._shown_by: weakref.ref[Tensor] | None = (
             None  # below autograd an alias has no version in common
         )
@@ -40,11 +39,8 @@ class Value:
 
     def keep(self, tensor: Tensor) -> None:
         """Hold the storage that ``tensor`` shows; it is never computed again."""
-        self._kept, self._shown_by, self._version = (
-            tensor.detach(),
-            weakref.ref(tensor),
-            tensor._version,
-        )
+        self._kept = tensor.untyped_storage()
+        self._shown_by, self._version = weakref.ref(tensor), tensor._version
 
     def let_go(self) -> None:
         """Written over: it can only be computed again."""
@@ -57,6 +53,11 @@ class Value:
         return self._kept is not None
 
     @property
+    def is_memo(self) -> bool:
+        """Whether it was computed again and is held for a while."""
+        return self._memo is not None
+
+    @property
     def here(self) -> torch.UntypedStorage | None:
         """Its storage, where it is in memory; raises RuntimeError where it was modified since."""
         if self._kept is None:
@@ -64,7 +65,7 @@ class Value:
         tensor = self._shown_by() if self._shown_by is not None else None
         if tensor is not None and tensor._version != self._version:
             raise RuntimeError(MODIFIED.format(f"shape {list(tensor.shape)}"))
-        return self._kept.untyped_storage()
+        return self._kept
 
     def is_wanted(self, holding: Holding) -> bool:
         """Whether, computed again, it is to be held for a while."""
@@ -90,15 +91,14 @@ class Value:
         self.settle(holding)
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(NamedTuple):
     """A tensor argument: a value and a geometry on it."""
 
     value: Value
     geometry: Geometry
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Operation:
     """One operation, ready to be run again.
 
@@ -110,51 +110,99 @@ class Operation:
     stage: int
     func: Any
     leaves: list[Any]
-    spec: Any
+    nest: Nest | None
     random: Any
     is_grad_enabled: bool  # kernels look: mkldnn's LSTM makes what backward needs only then
     makes: list[tuple[int, weakref.ref[Value]]] = field(default_factory=list)
     is_due: bool = False  # counted among those who will ask for what it reads
+    reads: tuple[Value, ...] = ()  # the values of its arguments, once each
 
-    def reads(self) -> set[Value]:
-        """The values of its arguments."""
-        return {leaf.value for leaf in self.leaves if isinstance(leaf, Argument)}
+    def __post_init__(self) -> None:
+        self.reads = tuple({leaf.value for leaf in self.leaves if type(leaf) is Argument})
 
     def becomes_due(self) -> None:
         """Count it among those who will ask."""
         if not self.is_due:
             self.is_due = True
-            for value in self.reads():
+            for value in self.reads:
                 value.num_due += 1
 
     def is_off(self) -> None:
         """Count it among them no more."""
         if self.is_due:
             self.is_due = False
-            for value in self.reads():
+            for value in self.reads:
                 value.num_due -= 1
 
     def run(self, holding: Holding) -> None:
         """Run it again; it is due, and everything it reads is in memory."""
-        storages = {value: found_storage(value.here) for value in self.reads()}
+        storages = {value: found_storage(value.here) for value in self.reads}
         written = {self.leaves[-1 - p].value for p, _ in self.makes if p < 0}
         self.is_off()
         for value in written:
             if value.is_kept or value.is_wanted(holding):
                 storages[value] = copied(storages[value])
         leaves = [
-            leaf.geometry.on(storages[leaf.value]) if isinstance(leaf, Argument) else leaf
+            leaf.geometry.on(storages[leaf.value]) if type(leaf) is Argument else leaf
             for leaf in self.leaves
         ]
-        args, kwargs = tree_unflatten(leaves, self.spec)
+        args, kwargs = nested(leaves, self.nest)
         with _Random(self.random), torch.set_grad_enabled(self.is_grad_enabled):
-            result = tree_flatten(self.func(*args, **kwargs))[0]
+            result = results(self.func(*args, **kwargs))
         for position, reference in self.makes:
             if (value := reference()) is not None and not value.is_kept:
                 made = result[position] if position >= 0 else leaves[-1 - position]
                 value.found(made.untyped_storage(), holding)
         for value in storages:
             value.settle(holding)
+
+
+class Nest(NamedTuple):
+    """How an operation's arguments lie in one list: an operation takes tensors, and lists of tensors, no deeper."""
+
+    num_args: int
+    names: tuple[str, ...]  # of the keyword arguments, which follow
+    lengths: tuple[int, ...]  # of each argument; -1: it is no list of tensors
+
+
+def flattened(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Nest | None]:
+    """The arguments with those in lists of tensors, and how they lie; None: they are the arguments, one by one."""
+    leaves: list[Any] = []
+    lengths: list[int] = []
+    for argument in (*args, *kwargs.values()):
+        if type(argument) in (list, tuple) and any(isinstance(x, Tensor) for x in argument):
+            lengths.append(len(argument))
+            leaves += argument
+        else:
+            lengths.append(-1)
+            leaves.append(argument)
+    if not kwargs and len(leaves) == len(args) and max(lengths, default=-1) == -1:
+        return leaves, None
+    return leaves, Nest(len(args), tuple(kwargs), tuple(lengths))
+
+
+def nested(leaves: Sequence[Any], nest: Nest | None) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The arguments that ``flattened`` took apart."""
+    if nest is None:
+        return leaves, {}
+    arguments: list[Any] = []
+    position = 0
+    for length in nest.lengths:
+        is_list, stop = length >= 0, position + max(length, 1)
+        if is_list:
+            stop = position + length
+        arguments.append(list(leaves[position:stop]) if is_list else leaves[position])
+        position = stop
+    return arguments[: nest.num_args], dict(
+        zip(nest.names, arguments[nest.num_args :], strict=True)
+    )
+
+
+def results(out: Any) -> list[Any]:
+    """What an operation returned, with what is in lists of tensors."""
+    if isinstance(out, Tensor):
+        return [out]
+    return flattened(out, {})[0] if isinstance(out, (list, tuple)) else [out]
 
 
 def recipe(wanted: Iterable[Value]) -> list[Operation]:
@@ -166,7 +214,7 @@ def recipe(wanted: Iterable[Value]) -> list[Operation]:
         operation = value.made_by
         if operation is not None and operation.index not in found and value.here is None:
             found[operation.index] = operation
-            open_values += operation.reads()
+            open_values += operation.reads
     return [found[index] for index in sorted(found)]
 
 
