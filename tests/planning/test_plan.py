@@ -196,6 +196,17 @@ def test_a_plan_prints_what_is_done_where(leanest):
 # -- JSON ----------------------------------------------------------------------------------------------
 
 
+def test_a_plan_tells_how_far_from_the_best_it_may_be(profile_of, leanest):
+    profile, least = profile_of("llama"), leanest("llama").peak_bytes
+    made = plan(profile, (least + profile.peak_bytes) // 2)
+    assert 0 < made.bound_seconds <= made.seconds
+    assert made.gap is not None
+    assert made.gap < 0.05
+    assert f"at most {made.gap:.1%} above the best possible" in str(made)
+    assert leanest("llama").gap is None  # seconds are not what was asked for
+    assert "above the best possible" not in str(leanest("llama"))
+
+
 @pytest.mark.parametrize("name", ["mlp", "lstm"])
 @pytest.mark.parametrize("exactness", ["bitwise", "exact"])
 def test_json_round_trip(leanest, tmp_path, name, exactness):

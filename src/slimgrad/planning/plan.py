@@ -72,6 +72,9 @@ class Plan:
     needs_step: tuple[str, ...] = ()
     device: str = "cpu"
     tightened_bytes: int = 0
+    bound_seconds: float = (
+        0.0  # no plan of the linear model is faster; 0: not asked for (budget "min")
+    )
     num_steps: int = DEFAULT_STEPS
     allow_compile: bool = True
     versions: Mapping[str, str] = field(default_factory=versions)
@@ -80,6 +83,13 @@ class Plan:
         None  # of parts of a larger batch; None: it cannot be split
     )
     timeline: MemoryTimeline | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def gap(self) -> float | None:
+        """How much slower than the best possible the step may be, a share of its seconds; None: not known."""
+        if not self.bound_seconds or not self.seconds:
+            return None
+        return max(0.0, 1 - self.bound_seconds / self.seconds)
 
     @property
     def loosest(self) -> Exactness:
@@ -230,14 +240,16 @@ class _Workbench:
 
     def fastest(self, found: list[Scheme], limit: int) -> Solution | None:
         best: Solution | None = None
+        bound_s = np.inf
         for scheme in found:  # fastest first: a scheme that is slower with nothing added cannot win
             if best is not None and scheme.seconds - self._saved_s >= best.seconds:
                 break
-            below = np.inf if best is None else best.seconds
-            solution = self.programme(scheme).least_seconds(limit, below)
+            below, programme = np.inf if best is None else best.seconds, self.programme(scheme)
+            solution = programme.least_seconds(limit, below)
+            bound_s = min(bound_s, programme.bound_s)
             if solution is not None and solution.seconds < below:
                 best = solution
-        return best
+        return best and replace(best, bound_s=min(bound_s, best.seconds))
 
     def leanest(self, found: list[Scheme]) -> Solution:
         best: Solution | None = None
@@ -296,6 +308,7 @@ def _plan_of(profile: Profile, allowed: Allowed, asked: Budget, limit: int, best
         clip_grad_norm=allowed.clip_grad_norm,
         needs_step=tuple(_needs_step(best)),
         device=profile.device,
+        bound_seconds=0.0 if asked.is_min else float(best.bound_s),
         batch_shapes=profile.batch_shapes,
         weighing=weighing_of(profile, allowed),
         num_steps=allowed.num_steps,

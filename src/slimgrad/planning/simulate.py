@@ -259,9 +259,7 @@ class Layout:
         trace, call = self.trace, self.trace.calls[index]
         if not saved:
             return
-        last = max(
-            int(trace.birth[s]) for s in saved
-        )  # recomputation stops at the last tensor needed
+        last = max(int(trace.birth[s]) for s in saved)  # where recomputation stops
         start = self.window[index] - call.forward_from
         inside = (trace.birth > call.forward_from) & (trace.birth <= last)
         for storage in np.flatnonzero(inside & (trace.death <= call.forward_to + 1)):

@@ -42,7 +42,7 @@ class Solution:
     peak_bytes: int
     seconds: float
     chosen: np.ndarray  # as ones and zeros, one for each of the programme's unknowns
-    bound_s: float  # no choice in this scheme that fits is faster
+    bound_s: float  # no choice that fits is faster, border tensors counted once for each block
 
 
 class _Effect:
@@ -74,7 +74,7 @@ class Programme:
         self.effects = [_Effect(self._together(bundle)) for bundle in self.bundles]
         self.added_s = np.array([sum(o.added_s for o in bundle) for bundle in self.bundles])
         self.one_of, self.num_rows = self._covered()
-        self.bound_s = 0.0
+        self.bound_s = np.inf  # seconds below which nothing fits, once that was asked for
         self.edges = np.linspace(0, layout.num_slots, _STRETCHES + 1).astype(int)
         self.slots = self._highest(self.fixed) | self._highest(self._all_effects())
 

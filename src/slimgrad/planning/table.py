@@ -67,6 +67,7 @@ def _predicted(plan: Plan) -> str:
     return (
         f"predicted peak {format_bytes(plan.peak_bytes)} of plain's {format_bytes(plan.plain_peak_bytes)} "
         f"({share:.0%}); predicted step {format_seconds(plan.seconds)}, {ratio:.2f} of plain's"
+        + ("" if plan.gap is None else f", at most {plan.gap:.1%} above the best possible")
     )
 
 

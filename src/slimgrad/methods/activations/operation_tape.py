@@ -26,9 +26,9 @@ from slimgrad.methods.activations.saved import Geometry, Kept, is_plain
 from slimgrad.methods.activations.schedules import Holding
 from slimgrad.methods.activations.values import (
     Argument,
+    Nest,
     Operation,
     Value,
-    Nest,
     copied,
     flattened,
     found_storage,
@@ -297,10 +297,10 @@ def _kind(func: Any) -> _Kind:
 def _written(func: Any, nest: Nest | None, leaves: list[Any]) -> list[int]:
     """Positions among ``leaves`` of the arguments that the operation writes into."""
     args, kwargs = nested(range(len(leaves)), nest)
-    found: list[int] = []
+    found: list[int | None] = []  # None: left out
     for positions in written_arguments(func, args, kwargs):
         found += positions if isinstance(positions, list) else [positions]
-    return [i for i in found if i is not None]
+    return [position for position in found if position is not None]
 
 
 def _random_state(leaves: list[Any]) -> tuple[torch.Generator, Tensor]:
