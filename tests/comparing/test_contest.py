@@ -213,7 +213,7 @@ def test_a_model_that_cannot_be_made_is_a_row(monkeypatch):
 
 
 def test_a_model_that_slimgrad_cannot_measure_still_compares_the_peers(monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise UnsupportedError("not this one")
 
     monkeypatch.setattr(contest, "measure", refuse)
@@ -221,6 +221,27 @@ def test_a_model_that_slimgrad_cannot_measure_still_compares_the_peers(monkeypat
     assert [row.contender for row in found] == ["plain", "checkpoint"]
     assert all(row.time_ratio is not None for row in found)
     assert "not this one" in found[0].note
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_slimgrad_compiles_blocks_only_where_its_rival_compiles(monkeypatch, allowed):
+    asked = {}
+    real_measure, real_plan = contest.measure, contenders.plan
+
+    def measure(*given, allow_compile):
+        asked["measure"] = allow_compile
+        return real_measure(*given, allow_compile=False)
+
+    def plan(profile, budget, *, allow_compile, **others):
+        asked[str(budget)] = allow_compile
+        return real_plan(profile, budget, allow_compile=allow_compile, **others)
+
+    monkeypatch.setattr(contest, "measure", measure)
+    monkeypatch.setattr(contenders, "plan", plan)
+    race = Contest(["lstm"], [PEERS["checkpoint"]], ["100%"], 1, 1, "small", allow_compile=allowed)
+    (found,) = run(race)
+    peak = found[1].peak_bytes
+    assert asked == {"measure": None if allowed else False, "100%": allowed, str(peak): False}
 
 
 def test_a_contest_asked_for_wrongly_is_refused_at_once():

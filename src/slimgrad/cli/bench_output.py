@@ -61,6 +61,7 @@ def _contest(options: dict[str, Any]) -> Contest:
         steps=options["steps"],
         size=options["size"],
         compile_limit_s=options["compile_limit"],
+        allow_compile=options["compiled"],
         device=_device(options["device"]),
     )
 

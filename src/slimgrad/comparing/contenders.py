@@ -156,6 +156,7 @@ class SlimContender(Contender):
 
     profile: Profile
     budget: BudgetLike
+    allow_compile: bool = False
     plan: Plan | None = field(default=None, init=False)
 
     def open(self) -> Runner:
@@ -182,7 +183,12 @@ class SlimContender(Contender):
     def _plan(self, reserve: int) -> None:
         row, begin = self.row, time.perf_counter()
         try:
-            made = plan(self.profile, self.budget, reserve_bytes=reserve)
+            made = plan(
+                self.profile,
+                self.budget,
+                reserve_bytes=reserve,
+                allow_compile=self.allow_compile,
+            )
         except BudgetError as error:
             row.smallest_bytes = error.smallest_bytes
             raise

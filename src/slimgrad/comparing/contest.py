@@ -34,7 +34,8 @@ T = TypeVar("T")
 class Contest:
     """What is compared: models and peers by name, budgets, rounds of turns and timed steps a turn.
 
-    ``compile_limit_s`` bounds what compiling one model may take. Everything runs on ``device``.
+    ``compile_limit_s`` bounds what compiling one model may take. Everything runs on ``device``. With
+    ``allow_compile`` slimgrad may compile blocks, but not where it is held against a peer that compiles nothing.
     """
 
     models: Sequence[str] = tuple(ZOO)
@@ -44,6 +45,7 @@ class Contest:
     steps: int = 1
     size: str = SIZES[1]
     compile_limit_s: float | None = 300.0
+    allow_compile: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
@@ -116,12 +118,16 @@ class _Model:
         if profile is None:
             return
         for budget in self.contest.budgets:
-            self._prepared(self._slim(f"slimgrad {budget}", budget, budget, made, profile))
+            slim = self._slim(f"slimgrad {budget}", budget, budget, made, profile)
+            slim.allow_compile = self.contest.allow_compile
+            self._prepared(slim)
         for row in [contender.row for contender in peers]:
             peak = row.peak_like(self.made[0])
             if peak is not None and row.error is None:
                 name = f"slimgrad@{row.contender}"
-                self._prepared(self._slim(name, format_bytes(peak), peak, made, profile))
+                slim = self._slim(name, format_bytes(peak), peak, made, profile)
+                slim.allow_compile = self.contest.allow_compile and row.compiled
+                self._prepared(slim)
 
     def _compiles_too_long(self) -> bool:
         """Whether compiling was given up for one peer: each of the others would take as long."""
@@ -142,15 +148,19 @@ class _Model:
 
     def _slim(
         self, name: str, text: str, budget: str | int, made: Subject, profile: Profile
-    ) -> Contender:
+    ) -> SlimContender:
         row = Row(self.name, name, "slimgrad", budget=text, note=made.note)
         return SlimContender(row, made, self.contest.device, profile, budget)
 
     def _profiled(self, made: Subject) -> Profile | None:
         row, begin = self.made[0], time.perf_counter()
         copy = PeerRunner(PLAIN, made, self.contest.device)
+        allow = None if self.contest.allow_compile else False
         profile = self._tried(
-            row, lambda: measure(copy.model, copy.optimizer, made.loss_fn, copy.batch)
+            row,
+            lambda: measure(
+                copy.model, copy.optimizer, made.loss_fn, copy.batch, allow_compile=allow
+            ),
         )
         copy.close()
         if profile is None:
