@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import slimgrad
+from slimgrad.comparing.allocations import allocated_peak, held_bytes
 from slimgrad.measuring.machine import this_machine
 from slimgrad.types import format_bytes
 from slimgrad.verifying.gradient import captured_gradients, relative_error
@@ -59,26 +60,6 @@ def loss_fn(model: Any, batch: Any) -> torch.Tensor:
     return model(**batch).loss
 
 
-def allocated(run: Callable[[], object]) -> int:
-    """The most bytes above those at the start, by allocation events."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        run()
-    events: list[tuple[int, int]] = []
-
-    def walk(found: Any) -> None:
-        for event in found:
-            if event.tag.name == "Allocation":
-                events.append((event.start_time_ns, event.typed[1].alloc_size))
-            walk(event.children)
-
-    walk(profiler.kineto_results.experimental_event_tree())
-    live = peak = 0
-    for _, size in sorted(events, key=lambda e: e[0]):
-        live += size
-        peak = max(peak, live)
-    return peak
-
-
 def timed(run: Callable[[], object]) -> float:
     begin = time.perf_counter()
     run()
@@ -111,10 +92,7 @@ class Way:
         ours = slimgrad.Ledger(self.model, self.optimizer, inputs=self.batch)
         with ours if step is None else step.ledger(self.batch) as ledger:
             run()
-        held = [*self.model.parameters(), *self.batch.values()]
-        held += [v for s in self.optimizer.state.values() for v in s.values()]
-        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
-        events = sum(storages.values()) + allocated(run)
+        events = allocated_peak(run, held_bytes(self.model, self.optimizer, self.batch))
         plain_s, own_s = [], []
         for _ in range(self.pairs):
             own_s.append(timed(run))

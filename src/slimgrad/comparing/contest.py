@@ -118,16 +118,13 @@ class _Model:
         if profile is None:
             return
         for budget in self.contest.budgets:
-            slim = self._slim(f"slimgrad {budget}", budget, budget, made, profile)
-            slim.allow_compile = self.contest.allow_compile
-            self._prepared(slim)
+            self._prepared(self._slim(f"slimgrad {budget}", budget, budget, made, profile))
         for row in [contender.row for contender in peers]:
             peak = row.peak_like(self.made[0])
             if peak is not None and row.error is None:
                 name = f"slimgrad@{row.contender}"
-                slim = self._slim(name, format_bytes(peak), peak, made, profile)
-                slim.allow_compile = self.contest.allow_compile and row.compiled
-                self._prepared(slim)
+                text, compiles = format_bytes(peak), row.compiled
+                self._prepared(self._slim(name, text, peak, made, profile, compiles=compiles))
 
     def _compiles_too_long(self) -> bool:
         """Whether compiling was given up for one peer: each of the others would take as long."""
@@ -147,10 +144,18 @@ class _Model:
         return PeerContender(row, made, self.contest.device, peer, self.contest.compile_limit_s)
 
     def _slim(
-        self, name: str, text: str, budget: str | int, made: Subject, profile: Profile
+        self,
+        name: str,
+        text: str,
+        budget: str | int,
+        made: Subject,
+        profile: Profile,
+        *,
+        compiles: bool = True,
     ) -> SlimContender:
         row = Row(self.name, name, "slimgrad", budget=text, note=made.note)
-        return SlimContender(row, made, self.contest.device, profile, budget)
+        compiles = compiles and self.contest.allow_compile
+        return SlimContender(row, made, self.contest.device, profile, budget, compiles)
 
     def _profiled(self, made: Subject) -> Profile | None:
         row, begin = self.made[0], time.perf_counter()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import slimgrad
+from slimgrad.comparing.allocations import allocated_peak
 from slimgrad.errors import PlanError, UnsupportedError
 from slimgrad.measuring import compiled_code, compiled_cost
 from slimgrad.measuring.compiled_cost import Inputs
@@ -100,26 +101,6 @@ def measured(block: Any = _Block, **fields: Any) -> tuple[Profile, list[str], in
     made = counters["stats"]["unique_graphs"] - graphs
     differences = State.of(model, optimizer).differences(before)
     return profile, differences + ["marks"] * (left_on(model) != marks), made
-
-
-def allocated_peak(run: Any) -> int:
-    """The most bytes above those at the start, by the profiler's allocation events."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        run()
-    events: list[tuple[int, int]] = []
-
-    def walk(found: Any) -> None:
-        for event in found:
-            if event.tag.name == "Allocation":
-                events.append((event.start_time_ns, event.typed[1].alloc_size))
-            walk(event.children)
-
-    walk(profiler.kineto_results.experimental_event_tree())
-    live = peak = 0
-    for _, size in sorted(events, key=lambda e: e[0]):
-        live += size
-        peak = max(peak, live)
-    return peak
 
 
 def test_equal_blocks_are_compiled_once_and_nothing_is_changed() -> None:

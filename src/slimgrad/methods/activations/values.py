@@ -188,11 +188,12 @@ def nested(leaves: Sequence[Any], nest: Nest | None) -> tuple[Sequence[Any], dic
     arguments: list[Any] = []
     position = 0
     for length in nest.lengths:
-        is_list, stop = length >= 0, position + max(length, 1)
-        if is_list:
-            stop = position + length
-        arguments.append(list(leaves[position:stop]) if is_list else leaves[position])
-        position = stop
+        if length < 0:
+            arguments.append(leaves[position])
+            position += 1
+        else:
+            arguments.append(list(leaves[position : position + length]))
+            position += length
     return arguments[: nest.num_args], dict(
         zip(nest.names, arguments[nest.num_args :], strict=True)
     )
