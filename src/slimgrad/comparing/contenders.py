@@ -29,6 +29,7 @@ from slimgrad.types import BudgetLike, format_bytes
 from slimgrad.verifying.gradient import relative_error, same_bits
 
 _TIGHTENINGS = 3
+_WARM_UP = 2  # the optimizer makes its state in the first, and the allocator finds its places in the second
 
 
 @dataclass
@@ -62,9 +63,10 @@ class Contender:
         raise NotImplementedError
 
     def turn(self, num_steps: int) -> None:
-        """Time ``num_steps`` steps after one that is not counted."""
+        """Time ``num_steps`` steps after some that are not counted."""
         with self._running() as runner:
-            runner.step()
+            for _ in range(_WARM_UP):
+                runner.step()
             self.row.times_s += [seconds_of(runner.step, self.device) for _ in range(num_steps)]
 
     def close(self) -> None:
