@@ -10,6 +10,7 @@ import numpy as np
 from slimgrad import catalogue
 from slimgrad.measuring.profile import Profile, Setting
 from slimgrad.method import Block, Method, ModelRecord, Record, Refusal, Scope, method_name
+from slimgrad.planning.menu import Menu
 from slimgrad.planning.offers import Allowed, Option, Scheme, attach_order
 from slimgrad.planning.plan import Plan, _plan_of
 from slimgrad.planning.settings import block_record, layout_of, model_record
@@ -43,7 +44,7 @@ def hand_made(
     scheme = _scheme(profile, variant, on_model, clip_grad_norm)
     layout = layout_of(profile, scheme.trace)
     options = [_option(profile, scheme, layout, p, m) for p, m in on_blocks.items()]
-    programme = Programme(scheme, layout, options)
+    programme = Programme(scheme, Menu(layout, options))
     live, changes = programme.replay(np.ones(len(options)))
     solution = programme._solution(np.ones(len(options)), changes, int(live.max()))
     allowed = Allowed(Exactness.DIFFERENT, clip_grad_norm=clip_grad_norm)

@@ -25,6 +25,7 @@ from slimgrad.method import (
     hyperparameters,
     method_name,
 )
+from slimgrad.planning.menu import Menu
 from slimgrad.planning.offers import Option, Scheme
 from slimgrad.planning.plan import Choice, Plan
 from slimgrad.planning.profiling import setting_of
@@ -98,12 +99,12 @@ def programme_of(profile: Profile, scheme: Scheme, chosen: dict[str, Method]) ->
             assert isinstance(offer.record, Record)
             added = (offer.record.seconds - record.seconds) * scheme.repeats
             found.append(Option(path, (method,), offer.record, offer.note, added))
-    return Programme(scheme, layout, found)
+    return Programme(scheme, Menu(layout, found))
 
 
 def predicted_peak(programme: Programme) -> int:
     """The replayed peak with every option of the programme chosen."""
-    return int(programme.replay(np.ones(len(programme.options)))[0].max())
+    return int(programme.replay(np.ones(len(programme.menu.options)))[0].max())
 
 
 def measured_peak(step: Any, batch: Any) -> int:

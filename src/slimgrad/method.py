@@ -72,6 +72,13 @@ class OperationGraph:
     operations: tuple[tuple[float, tuple[int, ...], tuple[int, ...]], ...]
     stages: tuple[int, ...] = ()
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.num_bytes, self.is_saved, self.operations, self.stages))
+
     @property
     def num_stages(self) -> int:
         """Over how many blocks the graph goes."""

@@ -32,6 +32,7 @@ from slimgrad.applying.step import apply
 from slimgrad.errors import BudgetError, BudgetFormatError, PlanError
 from slimgrad.measuring.profile import Profile
 from slimgrad.method import Scope, hyperparameters, method_name
+from slimgrad.planning.menu import Menu
 from slimgrad.planning.offers import Allowed, options, schemes
 from slimgrad.planning.plan import Choice, Plan
 from slimgrad.planning.settings import layout_of
@@ -64,7 +65,7 @@ def programme(profile: Profile, allowed: Allowed) -> Programme:
     """The programme of the step as it is: nothing attached to the whole model."""
     scheme = scheme_of(profile)
     layout = layout_of(profile, scheme.trace)
-    return Programme(scheme, layout, options(profile, scheme, layout, allowed))
+    return Programme(scheme, Menu(layout, options(profile, scheme, layout, allowed)))
 
 
 # -- the replay against the ledger ----------------------------------------------------------------------
@@ -78,7 +79,7 @@ def replayed_and_measured(sample: str, picks: list[str]) -> tuple[int, int]:
     optimizer = adamw(model)
     choices = [
         Choice(o.path, method_name(m), dict(hyperparameters(m)))
-        for o in made.options
+        for o in made.menu.options
         for m in o.methods
     ]
     with apply(plan_of(model, optimizer, choices), model, optimizer, loss_fn) as step:
@@ -120,7 +121,7 @@ def every_choice(made: Programme, most: int = 10**9) -> list[tuple[int, float]]:
     """The replayed peak and the seconds of combinations of options, no block decided about twice."""
     found: list[tuple[int, float]] = []
     for picked in itertools.islice(_combinations(made, 0, frozenset()), most):
-        chosen = np.zeros(len(made.options))
+        chosen = np.zeros(len(made.menu.options))
         chosen[list(picked)] = 1
         peak = int(made.replay(chosen)[0].max())
         found.append((peak, made.scheme.seconds + float(made.added_s @ chosen)))
@@ -131,8 +132,8 @@ def _combinations(
     made: Programme, first: int, covered: frozenset[str]
 ) -> Iterator[tuple[int, ...]]:
     yield ()
-    for index in range(first, len(made.options)):
-        paths = made.options[index].covers
+    for index in range(first, len(made.menu.options)):
+        paths = made.menu.options[index].covers
         if covered.isdisjoint(paths):
             for rest in _combinations(made, index + 1, covered.union(paths)):
                 yield (index, *rest)
@@ -141,8 +142,8 @@ def _combinations(
 @pytest.mark.parametrize("sample", ["mlp", "shared_twice", "counting_buffer", "in_place"])
 def test_programme_finds_what_exhaustive_search_finds(sample: str) -> None:
     made = programme(profile_of(sample), Allowed())
-    assert made.one_of.shape[0] <= 5
-    assert made.options
+    assert made.menu.one_of.shape[0] <= 5
+    assert made.menu.options
     everything = every_choice(made)
     low, high = min(p for p, _ in everything), max(p for p, _ in everything)
     for budget in np.linspace(low, high, 7).astype(int).tolist():
@@ -181,8 +182,8 @@ def test_min_is_the_lowest_peak_of_every_scheme_and_choice(sample: str) -> None:
     lowest = profile.peak_bytes
     for scheme in schemes(profile, allowed):
         layout = layout_of(profile, scheme.trace)
-        made = Programme(scheme, layout, options(profile, scheme, layout, allowed))
-        size = len(made.options)
+        made = Programme(scheme, Menu(layout, options(profile, scheme, layout, allowed)))
+        size = len(made.menu.options)
         peaks = [int(made.replay(c)[0].max()) for c in (np.zeros(size), *np.eye(size))]
         lowest = min(lowest, *peaks, *(p for p, _ in every_choice(made, 300)))
     assert least.peak_bytes <= lowest * (1 + 1e-3)
@@ -272,7 +273,7 @@ def test_two_runs_of_blocks_are_both_planned() -> None:
     profile = timed(measure(model, adamw(model), loss_fn, batch, limit_s=0.0))
     assert {r.path.split(".")[0] for r in profile.modules[:-1]} == {"encoder", "decoder"}
     made = programme(profile, Allowed())
-    assert {o.path.split(".")[0] for o in made.options} == {"encoder", "decoder"}
+    assert {o.path.split(".")[0] for o in made.menu.options} == {"encoder", "decoder"}
     optimizer = adamw(model)
     least = plan(profile, "min")
     with apply(least, model, optimizer, loss_fn) as step:

@@ -13,6 +13,7 @@ from slimgrad.measuring.trace import Call, Trace
 from slimgrad.method import Record, Restore
 from slimgrad.methods.activations.recompute import Recompute
 from slimgrad.planning.calls import border_bytes
+from slimgrad.planning.menu import Menu
 from slimgrad.planning.offers import Option, Scheme
 from slimgrad.planning.settings import plain_record
 from slimgrad.planning.simulate import Layout
@@ -106,18 +107,20 @@ def programme_of(blocks, *, half=False, stretches=2):
             )  # fmt: skip
             options.append(Option(str(i), (Recompute(),), halved, "", 0.3 * block.seconds))
     scheme = Scheme((), (), plain_record(NO_OPTIMIZER), trace)
-    programme = Programme(scheme, layout, options)
+    programme = Programme(scheme, Menu(layout, options))
     programme.edges = np.linspace(0, layout.num_slots, stretches + 1).astype(int)
     return programme
 
 
 def every_choice(programme):
     """(peak, added seconds) of every choice of at most one option a block."""
-    paths = sorted({o.path for o in programme.options})
-    by_path = [[None, *(i for i, o in enumerate(programme.options) if o.path == p)] for p in paths]
+    paths = sorted({o.path for o in programme.menu.options})
+    by_path = [
+        [None, *(i for i, o in enumerate(programme.menu.options) if o.path == p)] for p in paths
+    ]
     found = []
     for picked in itertools.product(*by_path):
-        chosen = np.zeros(len(programme.options))
+        chosen = np.zeros(len(programme.menu.options))
         chosen[[i for i in picked if i is not None]] = 1
         found.append((int(programme.replay(chosen)[0].max()), float(chosen @ programme.added_s)))
     return found

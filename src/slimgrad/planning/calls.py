@@ -25,6 +25,15 @@ class Changes:
             self.nbytes += [int(nbytes), -int(nbytes)]
             self.column += [column, column]
 
+    def spans(
+        self, start: np.ndarray, stop: np.ndarray, nbytes: np.ndarray, column: np.ndarray
+    ) -> None:
+        """Many of ``span``, an entry each."""
+        real = (start < stop) & (nbytes != 0)
+        self.slot += np.concatenate((start[real], stop[real])).tolist()
+        self.nbytes += np.concatenate((nbytes[real], -nbytes[real])).tolist()
+        self.column += np.concatenate((column[real], column[real])).tolist()
+
     def extend(self, other: Changes) -> None:
         """Add another set."""
         self.slot += other.slot

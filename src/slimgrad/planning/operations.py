@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ class Reads:
         self.first_backward: dict[int, int] = {}
         self.last_forward: dict[int, int] = {}
         self.callers: dict[int, set[int]] = {}
+        self.op_seconds: list[float] = trace.op_seconds.tolist() or [0.0] * trace.num_ticks
         for index, storages in enumerate(trace.reads):
             for storage in storages:
                 if trace.op_backward[index]:
@@ -63,20 +65,21 @@ def call_operations(
         for tick in range(int(call.forward_from), int(call.forward_to)):
             own = tuple(number[s] for s in trace.writes[tick] if s in number)
             if own:
-                seconds = float(trace.op_seconds[tick]) if trace.op_seconds.size else 0.0
                 read = trace.reads[tick]
-                operations.append((seconds, tuple(number[s] for s in read if s in number), own))
+                operations.append(
+                    (reads.op_seconds[tick], tuple(number[s] for s in read if s in number), own)
+                )
                 outside.append(tuple(s for s in read if s not in number))
                 stages.append(stage)
     dropped = {s for s in saved if s in reads.first_backward}
     graph = OperationGraph(
-        tuple(int(trace.nbytes[s]) for s in made),
+        tuple(trace.nbytes[made].tolist()),
         tuple(s in dropped for s in made),
         tuple(operations),
         tuple(stages) if len(calls) > 1 else (),
     )
     asked = {number[s]: reads.first_backward[s] for s in made if s in dropped}
-    gone = tuple(_gone_at(trace, calls, s, reads) for s in made)
+    gone = tuple(_gone_at(trace, calls, made, reads))
     final = trace.calls[calls[-1]].outputs
     anyway = tuple(
         number[s] for s in made if s not in final and reads.held_by_others(s, calls)
@@ -90,7 +93,8 @@ def made_inside(trace: Trace, calls: Sequence[int]) -> list[int]:
     for index in calls:
         call = trace.calls[index]
         inside |= (trace.birth > call.forward_from) & (trace.birth <= call.forward_to)
-    return sorted((int(s) for s in np.flatnonzero(inside)), key=lambda s: (int(trace.birth[s]), s))
+    found = np.flatnonzero(inside)
+    return found[np.argsort(trace.birth[found], kind="stable")].tolist()
 
 
 def saved_inside(
@@ -108,17 +112,21 @@ def saved_inside(
     )
 
 
-def _gone_at(trace: Trace, calls: Sequence[int], storage: int, reads: Reads) -> int:
-    """The tick after which forward has no use for a storage: what a block returns is held through the next one."""
-    last = reads.last_forward.get(storage, 0)
-    for stage, index in enumerate(calls):
-        call = trace.calls[index]
-        if call.forward_from < trace.birth[storage] <= call.forward_to:
-            if storage in call.outputs and stage + 1 < len(calls):
-                last = max(last, _caller_returns(trace, index, calls[stage + 1]))
-            else:
-                last = call.forward_to
-    return max(last, trace.cached.get(storage, 0) - 1)
+def _gone_at(trace: Trace, calls: Sequence[int], made: Sequence[int], reads: Reads) -> list[int]:
+    """The ticks after which forward has no use for storages: what a block returns is held through the next one."""
+    ends = [int(trace.calls[index].forward_to) for index in calls]
+    outputs = [frozenset(trace.calls[index].outputs) for index in calls]
+    returned: dict[int, int] = {}  # stage -> until when what it returns is held
+    found: list[int] = []
+    for storage, birth in zip(made, trace.birth[list(made)].tolist(), strict=True):
+        stage = bisect.bisect_left(ends, birth)
+        last = ends[stage]
+        if storage in outputs[stage] and stage + 1 < len(calls):
+            if stage not in returned:
+                returned[stage] = _caller_returns(trace, calls[stage], calls[stage + 1])
+            last = max(reads.last_forward.get(storage, 0), returned[stage])
+        found.append(max(last, trace.cached.get(storage, 0) - 1))
+    return found
 
 
 def _caller_returns(trace: Trace, first: int, second: int) -> int:
@@ -141,6 +149,8 @@ def _caller_returns(trace: Trace, first: int, second: int) -> int:
 
 def merged(graphs: Sequence[OperationGraph]) -> OperationGraph | None:
     """One graph for all calls of a block, its bytes and mean seconds; None where they do different things."""
+    if len(graphs) == 1:
+        return graphs[0]
     shapes = {(g.is_saved, g.stages, tuple(o[1:] for o in g.operations)) for g in graphs}
     if len(shapes) != 1:
         return None
@@ -148,6 +158,6 @@ def merged(graphs: Sequence[OperationGraph]) -> OperationGraph | None:
     return OperationGraph(
         tuple(map(max, zip(*(g.num_bytes for g in graphs), strict=True))),
         graphs[0].is_saved,
-        tuple((float(np.mean([o[0] for o in same])), *same[0][1:]) for same in operations),
+        tuple((sum(o[0] for o in same) / len(same), *same[0][1:]) for same in operations),
         graphs[0].stages,
     )

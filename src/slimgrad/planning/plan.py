@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slimgrad import catalogue
 from slimgrad.batches import Shapes, shapes_from_json
 from slimgrad.errors import BudgetError, PlanError
@@ -19,12 +17,12 @@ from slimgrad.measuring.profile import Profile, field_from_json, versions
 from slimgrad.method import Method, Update, hyperparameters, method_name
 from slimgrad.planning.calls import Changes, call_bytes
 from slimgrad.planning.compiling import DEFAULT_STEPS, check_steps
-from slimgrad.planning.offers import Allowed, Scheme, check_allowed, options, refusals, schemes
+from slimgrad.planning.offers import Allowed, check_allowed, refusals, schemes
 from slimgrad.planning.plan_file import check_plan_keys
-from slimgrad.planning.settings import layout_of
 from slimgrad.planning.simulate import Layout
-from slimgrad.planning.solve import Programme, Solution
+from slimgrad.planning.solve import Solution
 from slimgrad.planning.splitting import check_largest_batch, weighing_of
+from slimgrad.planning.workbench import Workbench
 from slimgrad.types import Budget, BudgetLike, Column, Exactness, format_bytes
 
 FORMAT = 1
@@ -203,7 +201,7 @@ def solved(
     """The bytes that ``asked`` comes to, and the best solution within; raises ``BudgetError`` if there is none."""
     found = schemes(profile, allowed)
     limit = asked.resolve(profile.peak_bytes)
-    workbench = _Workbench(profile, allowed)
+    workbench = Workbench(profile, allowed)
     if limit is None:
         best = workbench.leanest(found)
         return best.peak_bytes, best
@@ -221,47 +219,6 @@ def _rung(exactness: Exactness | str) -> Exactness:
         raise PlanError(f"exactness must be one of {rungs}, not {exactness!r}") from None
 
 
-class _Workbench:
-    """Programmes of schemes, made once each; layouts are shared by schemes of one traced variant."""
-
-    def __init__(self, profile: Profile, allowed: Allowed) -> None:
-        self.profile, self.allowed = profile, allowed
-        self._layouts: dict[int, Layout] = {}
-        self._saved_s = 0.0  # what options that are faster than plain blocks take off a scheme
-
-    def programme(self, scheme: Scheme) -> Programme:
-        key = id(scheme.trace)
-        if key not in self._layouts:
-            self._layouts[key] = layout_of(self.profile, scheme.trace)
-        layout = self._layouts[key]
-        made = Programme(scheme, layout, options(self.profile, scheme, layout, self.allowed))
-        self._saved_s = max(self._saved_s, made.most_saved_s)
-        return made
-
-    def fastest(self, found: list[Scheme], limit: int) -> Solution | None:
-        best: Solution | None = None
-        bound_s = np.inf
-        for scheme in found:  # fastest first: a scheme that is slower with nothing added cannot win
-            if best is not None and scheme.seconds - self._saved_s >= best.seconds:
-                break
-            below, programme = np.inf if best is None else best.seconds, self.programme(scheme)
-            solution = programme.least_seconds(limit, below)
-            bound_s = min(bound_s, programme.bound_s)
-            if solution is not None and solution.seconds < below:
-                best = solution
-        return best and replace(best, bound_s=min(bound_s, best.seconds))
-
-    def leanest(self, found: list[Scheme]) -> Solution:
-        best: Solution | None = None
-        for scheme in found:
-            below = np.inf if best is None else best.peak_bytes
-            solution = self.programme(scheme).least_peak(below)
-            if solution is not None and solution.peak_bytes < below:
-                best = solution
-        assert best is not None
-        return best
-
-
 def _does_not_fit(
     profile: Profile, allowed: Allowed, leanest: Solution, limit: int, asked: Budget
 ) -> BudgetError:
@@ -272,7 +229,7 @@ def _does_not_fit(
             looser = replace(allowed, exactness=rung)
             if _permitted(looser) != known:
                 known = _permitted(looser)
-                lowest = _Workbench(profile, looser).leanest(schemes(profile, looser)).peak_bytes
+                lowest = Workbench(profile, looser).leanest(schemes(profile, looser)).peak_bytes
             if lowest < leanest.peak_bytes:
                 by_rung[rung.value] = lowest
     rungs = "".join(f"; with exactness={r!r} {format_bytes(b)}" for r, b in by_rung.items())

@@ -20,6 +20,7 @@ from slimgrad.measuring.profile import Profile, Setting, fingerprint
 from slimgrad.measuring.trace import trace_step
 from slimgrad.method import Block, Method, ModelRecord, Offer, Record, Refusal, Rewriting, Scope
 from slimgrad.methods.gradients.micro_batches import has_batch_statistics
+from slimgrad.planning.menu import Menu
 from slimgrad.planning.offers import Option, Scheme, attach_order
 from slimgrad.planning.plan import Choice, Plan
 from slimgrad.planning.profiling import setting_of
@@ -53,7 +54,7 @@ def predicted_peak(plan: Plan, profile: Profile) -> int:
     scheme = _scheme(plan, profile, sorted(methods, key=attach_order))
     layout = layout_of(profile, scheme.trace)
     chosen = _options(plan, profile, layout, scheme.record)
-    live, _ = Programme(scheme, layout, chosen).replay(np.ones(len(chosen)))
+    live, _ = Programme(scheme, Menu(layout, chosen)).replay(np.ones(len(chosen)))
     return int(live.max())
 
 

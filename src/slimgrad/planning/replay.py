@@ -6,52 +6,88 @@ was let go is asked for, the operations that make it run; what they make is held
 
 from __future__ import annotations
 
+import functools
+import heapq
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from slimgrad.measuring.trace import Trace
+from slimgrad.method import OperationGraph
 from slimgrad.methods.activations.schedules import Holding, holdings
 from slimgrad.methods.activations.values import RUN_S
 from slimgrad.planning.operations import CallOperations
 
 
-@dataclass
+@dataclass(frozen=True)
 class Replayed:
     """What changes in backward when calls keep only some storages. Ticks are those of the trace.
 
-    ``again``: (storage, made at, gone at), storages by their number. ``bursts``: (tick, bytes above what stays after
+    ``again``: rows of (storage, made at, gone at), storages by their number. ``bursts``: (tick, bytes above what stays after
     it). ``held``: storage of the trace -> the tick until which it is held for operations to be run again.
     """
 
-    again: list[tuple[int, int, int]] = field(default_factory=list)
-    bursts: list[tuple[int, int]] = field(default_factory=list)
-    held: dict[int, int] = field(default_factory=dict)
-    seconds: float = 0.0
+    again: np.ndarray
+    bursts: list[tuple[int, int]]
+    held: dict[int, int]
+    seconds: float
 
 
 def replayed(
-    trace: Trace, call: CallOperations, keep: Collection[int], schedule: Sequence[int] = ()
+    trace: Trace, call: CallOperations, keep: tuple[int, ...], schedule: tuple[int, ...] = ()
 ) -> Replayed:
-    """The backward pass of a call that keeps the storages with the numbers ``keep``, under a schedule."""
-    tape = _Tape(trace, call, frozenset(keep), holdings(schedule, call.graph.num_stages))
-    for wanted in sorted(tape.pending, key=lambda s: call.asked_at[s]):
-        tape.ask(wanted, call.asked_at[wanted])
-    return tape.finished()
+    """The backward pass of a call that keeps the storages with the numbers ``keep``, under a schedule.
+
+    Equal calls, whose backward asks in the same way, share one replay.
+    """
+    kept, saved = frozenset(keep), call.graph.is_saved
+    asked = {s: t for s, t in call.asked_at.items() if saved[s] and s not in kept}
+    first = min(asked.values(), default=0)
+    ticks = tuple(
+        (s, tick - first, int(trace.death[call.storages[s]]) - first)
+        for s, tick in sorted(asked.items())
+    )
+    tape = _tape(call.graph, kept, schedule, ticks)
+    last, operations = tape.last + first, call.graph.operations
+    held = {storage: last for index in tape.needed for storage in call.outside[index]}
+    reads = {s for index in tape.needed for s in operations[index][1]} & kept
+    held |= {call.storages[s]: last for s in reads}
+    return Replayed(
+        np.add(tape.rows, (0, first, first)),
+        [(tick + first, nbytes) for tick, nbytes in tape.bursts],
+        held,
+        tape.seconds,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _tape(
+    graph: OperationGraph,
+    keep: frozenset[int],
+    schedule: tuple[int, ...],
+    ticks: tuple[tuple[int, int, int], ...],
+) -> _Tape:
+    return _Tape(graph, keep, schedule, ticks)
 
 
 class _Tape:
-    """The state of a tape while backward goes on."""
+    """A tape while backward goes on: ``ticks`` are (storage that was let go, asked for at, gone at)."""
 
     def __init__(
-        self, trace: Trace, call: CallOperations, keep: frozenset[int], held: list[Holding]
+        self,
+        graph: OperationGraph,
+        keep: frozenset[int],
+        schedule: Sequence[int],
+        ticks: Sequence[tuple[int, int, int]],
     ) -> None:
-        self.call, self.graph, self.keep, self.holdings = call, call.graph, keep, held
-        graph = call.graph
-        self.dropped = [s for s, saved in enumerate(graph.is_saved) if saved and s not in keep]
-        self.pending = set(self.dropped)  # not asked for yet
-        self.death = {s: int(trace.death[call.storages[s]]) for s in self.dropped}
-        self.needed = graph.recipe(self.dropped, keep)
+        self.graph, self.keep = graph, keep
+        self.holdings = holdings(schedule, graph.num_stages)
+        self.death = {s: gone for s, _, gone in ticks}
+        self.pending = set(self.death)  # not asked for yet
+        self.last = max(self.death.values(), default=0)
+        self.needed = graph.recipe(self.death, keep)
         self.stage = dict.fromkeys(range(len(graph.num_bytes)), 0)
         self.last_stage = dict(self.stage)
         for index in reversed(range(len(graph.operations))):
@@ -66,36 +102,39 @@ class _Tape:
         self.due: set[int] = set()
         self.num_due: Counter[int] = Counter()
         self.memo: dict[int, int] = {}  # storage -> the tick at which it was made again
-        self.out = Replayed()
+        self.here = set(keep)  # what is kept, and what was made again and is held
+        self.deaths: list[tuple[int, int]] = []  # (tick, storage) of what was made again, a heap
+        self.overdue: set[int] = set()  # held for other operations beyond that
+        self.again: list[tuple[int, int, int]] = []
+        self.bursts: list[tuple[int, int]] = []
+        self.seconds = 0.0
+        for wanted, tick, _ in sorted(ticks, key=lambda t: t[1]):
+            self._ask(wanted, tick)
+        for storage in list(self.memo):
+            is_asked = storage in self.death and not self._is_held(storage)
+            self._let_go(storage, self.death[storage] if is_asked else self.last)
+        self.rows = np.array(self.again, dtype=int).reshape(-1, 3)
 
-    def ask(self, wanted: int, tick: int) -> None:
+    def _ask(self, wanted: int, tick: int) -> None:
         """Backward asks for ``wanted``."""
-        for storage in [s for s in self.memo if self.death.get(s, tick + 1) <= tick]:
-            if not self._is_held(storage):
+        while self.deaths and self.deaths[0][0] <= tick:
+            self.overdue.add(heapq.heappop(self.deaths)[1])
+        for storage in sorted(self.overdue):
+            if storage not in self.memo:
+                self.overdue.discard(storage)
+            elif not self._is_held(storage):
+                self.overdue.discard(storage)
                 self._let_go(storage, self.death[storage])
         if wanted not in self.memo:
             self._turn_to(self.stage[wanted], tick)
             self._burst(wanted, tick)
         self.pending.discard(wanted)
 
-    def finished(self) -> Replayed:
-        """Everything was asked for."""
-        last = max(self.death.values(), default=0)
-        for storage in list(self.memo):
-            is_asked = storage in self.death and not self._is_held(storage)
-            self._let_go(storage, self.death[storage] if is_asked else last)
-        for index in self.needed:
-            for storage in self.call.outside[index]:
-                self.out.held[storage] = last
-            for storage in self.graph.operations[index][1]:
-                if storage in self.keep:
-                    self.out.held[self.call.storages[storage]] = last
-        return self.out
-
     def _let_go(self, storage: int, tick: int) -> None:
         made_at = self.memo.pop(storage)
+        self.here.discard(storage)
         if made_at < tick:
-            self.out.again.append((storage, made_at, tick))
+            self.again.append((storage, made_at, tick))
 
     def _is_held(self, storage: int) -> bool:
         """Whether it is held for other operations."""
@@ -124,7 +163,7 @@ class _Tape:
         for storage in [s for s in self.memo if s not in asked and not self._is_wanted(s)]:
             self._let_go(storage, tick)
         wanted = [s for s in self.pending if self.stage[s] in holding.stages]
-        for index in self.graph.recipe(wanted, self.keep | self.memo.keys()):
+        for index in self.graph.recipe(wanted, self.here):
             if self.graph.stage_of(index) in holding.stages:
                 self._becomes_due(index)
 
@@ -134,16 +173,17 @@ class _Tape:
             self.num_due.update(self._reads(index))
 
     def _burst(self, wanted: int, tick: int) -> None:
-        """Run what makes ``wanted``; ``memo`` gains what stays, ``out`` what was above it for a moment."""
-        graph, live, peak, before = self.graph, 0, 0, set(self.memo)
-        recipe = graph.recipe([wanted], self.keep | before)
+        """Run what makes ``wanted``; ``memo`` gains what stays, ``bursts`` what was above it for a moment."""
+        graph, live, peak, added = self.graph, 0, 0, set[int]()
+        recipe = graph.recipe([wanted], self.here)
         for index in recipe:
             self._becomes_due(index)
         for index in recipe:
-            self.out.seconds += graph.operations[index][0] + RUN_S
+            self.seconds += graph.operations[index][0] + RUN_S
             for storage in dict.fromkeys(graph.operations[index][2]):
-                if storage not in self.keep and storage not in self.memo:
-                    self.memo[storage] = tick
+                if storage not in self.here:
+                    self._hold(storage, tick)
+                    added.add(storage)
                     live += graph.num_bytes[storage]
             peak = max(peak, live)
             self.due.discard(index)
@@ -153,8 +193,12 @@ class _Tape:
                 if is_memo and not self._is_wanted(storage):
                     live -= graph.num_bytes[storage]
                     self._let_go(storage, tick)
-        after = sum(
-            graph.num_bytes[s] for s, t in self.memo.items() if t == tick and s not in before
-        )
+        after = sum(graph.num_bytes[s] for s in added if s in self.memo)
         if peak > after:
-            self.out.bursts.append((tick, peak - after))
+            self.bursts.append((tick, peak - after))
+
+    def _hold(self, storage: int, tick: int) -> None:
+        self.memo[storage] = tick
+        self.here.add(storage)
+        if storage in self.death:
+            heapq.heappush(self.deaths, (self.death[storage], storage))

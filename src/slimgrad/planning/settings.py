@@ -49,6 +49,11 @@ def model_record(profile: Profile, num_parts: int, clip_grad_norm: float | None)
     )
 
 
+def gradients_stay(model: ModelRecord) -> bool:
+    """Whether gradients stay until backward is over: no update or file takes them before."""
+    return not model.gradients_in_files and model.update is Update.AFTER
+
+
 def block_record(
     profile: Profile,
     layout: Layout,
@@ -80,7 +85,7 @@ def block_record(
         held_anyway=layout.held_anyway(block.where),
         compiled=cost if cost is not None and is_measured(layout, block.path, cost) else None,
         num_steps=num_steps,
-        gradients_stay=not model.gradients_in_files and model.update is Update.AFTER,
+        gradients_stay=gradients_stay(model),
     )
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.trace import Trace
-from slimgrad.method import ModelRecord, OperationGraph, Record, Restore, Update
+from slimgrad.method import ModelRecord, OperationGraph, Record, Restore
 from slimgrad.planning.calls import BlockLayout, Changes
 from slimgrad.planning.compiled_calls import compiled_changes, compiled_held
+from slimgrad.planning.model_changes import model_changes
 from slimgrad.planning.operations import (
     CallOperations,
     Reads,
@@ -33,7 +34,6 @@ from slimgrad.storage import MAX_PENDING_BYTES
 from slimgrad.types import Column
 
 _POSITION = {column: position for position, column in enumerate(Column)}
-_SCALARS = 1024  # bytes: loss values and norms that a step keeps beside what was traced
 
 
 class Layout:
@@ -46,6 +46,7 @@ class Layout:
         self._reads = Reads(trace)
         self._runs: dict[tuple[str, ...], BlockLayout] = {}
         self._operations: dict[tuple[int, ...], CallOperations] = {}
+        self._graphs: dict[str | tuple[str, ...], OperationGraph | None] = {}
         self._replays: dict[tuple[tuple[int, ...], ...], Replayed] = {}
 
     def _place(self) -> None:
@@ -139,10 +140,13 @@ class Layout:
 
     def graph(self, where: str | tuple[str, ...]) -> OperationGraph | None:
         """What the calls of a block do; None if they differ, or nothing is known of their operations."""
-        block = self.block(where)
         if not self.trace.reads:
             return None
-        return merged([self.operations(g).graph for g in block.groups if block.saved[g[0]]])
+        if where not in self._graphs:
+            block = self.block(where)
+            graphs = [self.operations(g).graph for g in block.groups if block.saved[g[0]]]
+            self._graphs[where] = merged(graphs)
+        return self._graphs[where]
 
     def held_anyway(self, where: str | tuple[str, ...]) -> tuple[int, ...]:
         """Storages made in blocks in a row, by number, that the rest of the step asks for in backward."""
@@ -296,8 +300,12 @@ class Layout:
                         held[storage] = max(held.get(storage, 0), stop)
         return held
 
+    def gone_slots(self, deaths: np.ndarray) -> np.ndarray:
+        """The slots from which storages are gone that the trace says are gone at ticks ``deaths``."""
+        return self.drop[np.minimum(deaths, self.trace.num_ticks + 1)]
+
     def gone_slot(self, death: int) -> int:
-        """The slot from which a storage is gone that the trace says is gone at tick ``death``."""
+        """``gone_slots`` for one."""
         return int(self.drop[min(death, self.trace.num_ticks + 1)])
 
     def _freed_slot(self, storage: int) -> int:
@@ -313,48 +321,7 @@ class Layout:
 
     def model_changes(self, record: ModelRecord) -> Changes:
         """The optimizer's part: its state, its updates, and how long gradients live."""
-        changes = Changes()
-        changes.span(0, self.num_slots, _SCALARS, _POSITION[Column.TEMPORARIES])
-        state, temporary = _POSITION[Column.OPTIMIZER_STATE], _POSITION[Column.TEMPORARIES]
-        gradient = _POSITION[Column.GRADIENTS]
-        if not self.law.parameters:
-            return changes
-        kept = 0 if record.state_in_files else self.state_bytes
-        changes.span(0, self.num_slots, kept, state)
-        in_backward = record.gradients_in_files or record.update is Update.DURING
-        # kept from step to step where backward uses them, else made for the updates after it
-        buffers_from = 0 if in_backward else self.end
-        changes.span(buffers_from, self.num_slots, record.buffer_bytes, state)
-        if not (record.state_in_files or in_backward):
-            changes.span(self.end, self.end + 1, self.law.step_transient_bytes, temporary)
-            return changes
-        for parameter in self.law.parameters:
-            if parameter.name not in self.trace.gradients:
-                continue
-            storage, _ = self.trace.gradients[parameter.name]
-            nbytes = int(self.trace.nbytes[storage])
-            during, last = self.update_slot[parameter.name], self.finish_slot[parameter.name]
-            update_at = during if record.update is Update.DURING else last
-            share = min(1.0, record.slice_bytes / parameter.nbytes) if record.slice_bytes else 1.0
-            moved = 0 if record.slice_bytes or not record.state_in_files else parameter.state_bytes
-            changes.span(
-                update_at, update_at + 1, parameter.transient_bytes * share + moved, temporary
-            )
-            if record.update is Update.DURING:
-                gone = during + 1
-                if self.added_to[parameter.name].any():
-                    tick = self.trace.gradients[parameter.name][1]
-                    changes.span(during, int(self.drop[tick + 1]), -nbytes, temporary)
-            else:
-                gone = self._written_slot(during) if record.gradients_in_files else last + 1
-            changes.span(gone, self.num_slots, -nbytes, gradient)
-            if record.gradients_in_files:
-                changes.span(last, last + 1, nbytes * share, gradient)
-        return changes
-
-    def _written_slot(self, completed: int) -> int:
-        """Where a gradient that is being written is gone at the latest: when the next one is complete."""
-        return min((s for s in self.update_slot.values() if s > completed), default=self.end) + 1
+        return model_changes(self, record)
 
     # -- answers -----------------------------------------------------------------------------------
 

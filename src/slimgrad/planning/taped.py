@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from slimgrad.method import Record
 from slimgrad.planning.calls import Changes
 from slimgrad.types import Column
@@ -25,26 +27,30 @@ def tape_changes(layout: Layout, where: str | tuple[str, ...], record: Record) -
 
 def _call_changes(layout: Layout, changes: Changes, calls: tuple[int, ...], record: Record) -> None:
     trace, call = layout.trace, layout.operations(calls)
-    again = layout.replayed(calls, record.kept, record.schedule)
-    dropped: set[int] = set()
-    for number, is_saved in enumerate(call.graph.is_saved):
-        if is_saved and number not in record.kept:
-            storage = call.storages[number]
-            dropped.add(number)
-            changes.span(
-                int(layout.drop[call.gone_at[number] + 1]),
-                layout.gone_slot(int(trace.death[storage])),
-                -int(trace.nbytes[storage]),
-                int(trace.column[storage]),
-            )
-    for number, start, stop in again.again:
-        storage = call.storages[number]
-        is_last = number in dropped and stop == int(trace.death[storage])
-        there = layout.gone_slot(stop) if is_last else int(layout.at[stop])
-        column = int(trace.column[storage]) if number in dropped else _TEMPORARIES
-        changes.span(int(layout.at[start]) - 1, there, int(trace.nbytes[storage]), column)
-    for tick, nbytes in again.bursts:
-        changes.span(int(layout.at[tick]) - 1, int(layout.at[tick]), nbytes, _TEMPORARIES)
+    again, kept = layout.replayed(calls, record.kept, record.schedule), set(record.kept)
+    storages, gone_at = np.array(call.storages, dtype=int), np.array(call.gone_at, dtype=int)
+    is_dropped = np.array(call.graph.is_saved, dtype=bool)
+    is_dropped[[number for number in kept if number < len(is_dropped)]] = False
+    death = trace.death[storages]
+    nbytes, column = trace.nbytes[storages], trace.column[storages]
+    changes.spans(
+        layout.drop[gone_at[is_dropped] + 1],
+        layout.gone_slots(death[is_dropped]),
+        -nbytes[is_dropped],
+        column[is_dropped],
+    )
+    number, start, stop = again.again.T
+    is_last = is_dropped[number] & (stop == death[number])
+    changes.spans(
+        layout.at[start] - 1,
+        np.where(
+            is_last, layout.gone_slots(stop), layout.at[np.minimum(stop, trace.num_ticks + 1)]
+        ),
+        nbytes[number],
+        np.where(is_dropped[number], column[number], _TEMPORARIES),
+    )
+    for tick, peak in again.bursts:
+        changes.span(int(layout.at[tick]) - 1, int(layout.at[tick]), peak, _TEMPORARIES)
 
 
 def held_by_tape(layout: Layout, where: str | tuple[str, ...], record: Record) -> dict[int, int]:

@@ -34,7 +34,9 @@ from slimgrad.method import Block, CompiledCost, Record, Refusal, Scope
 from slimgrad.methods.activations.compiled import Compiled
 from slimgrad.methods.gradients.update_in_backward import UpdateInBackward
 from slimgrad.planning import compiling
+from slimgrad.planning.menu import Menu
 from slimgrad.planning.plan import Choice
+from slimgrad.planning.solve import Programme
 from slimgrad.verifying.gradient import captured_gradients, relative_error, same_bits
 from slimgrad.verifying.verify import verify
 
@@ -140,9 +142,9 @@ def test_replay_with_updates_during_backward() -> None:
     assert not isinstance(scheme, Refusal)
     programme = programme_of(profile, scheme, dict.fromkeys(PATHS, Compiled()))
     options = [
-        replace(o, record=replace(o.record, gradients_stay=False)) for o in programme.options
+        replace(o, record=replace(o.record, gradients_stay=False)) for o in programme.menu.options
     ]
-    predicted = predicted_peak(type(programme)(scheme, programme.layout, options))
+    predicted = predicted_peak(Programme(scheme, Menu(programme.layout, options)))
     model, batch = make()
     optimizer = adamw(model)
     choices = [Choice("", "update_in_backward", {})]

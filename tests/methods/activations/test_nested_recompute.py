@@ -24,6 +24,7 @@ from slimgrad.measuring.profile import Profile
 from slimgrad.method import Block, Scope, hyperparameters, method_name
 from slimgrad.methods.activations.nested_recompute import NestedRecompute
 from slimgrad.methods.activations.schedules import Chain, best_schedules, holdings
+from slimgrad.planning.menu import Menu
 from slimgrad.planning.offers import Allowed, options
 from slimgrad.planning.plan import Choice
 from slimgrad.planning.runs import chains, segments
@@ -250,7 +251,7 @@ def test_the_replay_predicts_every_segment_and_schedule(name):
     if len(found) > 12:
         found = random.Random(name).sample(found, 12)
     for option in found:
-        predicted = int(Programme(scheme, layout, [option]).replay(np.ones(1))[0].max())
+        predicted = int(Programme(scheme, Menu(layout, [option])).replay(np.ones(1))[0].max())
         model, loss_fn, batch = SAMPLES[name].make()
         optimizer = adamw(model)
         (method,) = option.methods

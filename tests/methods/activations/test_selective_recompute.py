@@ -104,7 +104,7 @@ def test_the_replay_predicts_every_point_of_the_front(name):
         optimizer = adamw(model)
         choices = [
             Choice(o.path, "selective_recompute", {"keep": keeps[o.path]})
-            for o in programme.options
+            for o in programme.menu.options
         ]
         with apply(plan_of(model, optimizer, choices), model, optimizer, loss_fn) as step:
             measured = measured_peak(step, batch)

@@ -1,0 +1,75 @@
+"""The programmes of all schemes, solved best first: the fastest solution under a budget, or the leanest of all."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import replace
+
+import numpy as np
+
+from slimgrad.measuring.profile import Profile
+from slimgrad.planning.menu import Menu
+from slimgrad.planning.offers import Allowed, Scheme, options
+from slimgrad.planning.settings import gradients_stay, layout_of
+from slimgrad.planning.simulate import Layout
+from slimgrad.planning.solve import GAP, Programme, Solution
+
+
+class Workbench:
+    """Programmes of schemes; schemes of one traced variant share its layout and its menu of options."""
+
+    def __init__(self, profile: Profile, allowed: Allowed) -> None:
+        self.profile, self.allowed = profile, allowed
+        self._layouts: dict[int, Layout] = {}
+        self._menus: dict[tuple[int, float, bool], Menu] = {}
+        self._saved_s = 0.0  # what options that are faster than plain blocks take off a scheme
+
+    def programme(self, scheme: Scheme) -> Programme:
+        """A scheme with its menu, ready to be solved."""
+        # what is offered hangs on when gradients go only where blocks may be compiled
+        leaving = bool(self.profile.compiled) and not gradients_stay(scheme.record)
+        key = (id(scheme.trace), scheme.repeats, leaving)
+        if key not in self._menus:
+            layout = self._layouts.setdefault(key[0], layout_of(self.profile, scheme.trace))
+            offered = options(self.profile, scheme, layout, self.allowed)
+            self._menus[key] = Menu(layout, offered)
+        menu = self._menus[key]
+        self._saved_s = max(self._saved_s, menu.most_saved_s)
+        return Programme(scheme, menu)
+
+    def fastest(self, found: list[Scheme], limit: int) -> Solution | None:
+        """The fastest solution of all schemes that fits; best first, so that few are solved in whole choices."""
+        best: Solution | None = None
+        bound_s, programmes = np.inf, dict[int, Programme]()
+        waiting = [(scheme.seconds, order) for order, scheme in enumerate(found)]
+        while waiting:
+            least_s, order = heapq.heappop(waiting)
+            unknown_s = 0.0 if order in programmes else self._saved_s
+            if best is not None and least_s - unknown_s >= best.seconds * (1 - GAP):
+                bound_s = min(bound_s, least_s - unknown_s)
+                continue
+            if order not in programmes:
+                programmes[order] = self.programme(found[order])
+                bound = programmes[order].relaxed_seconds(limit)
+                if bound is not None:
+                    heapq.heappush(waiting, (bound, order))
+                continue
+            bound_s = min(bound_s, least_s)
+            solution = programmes[order].least_seconds(limit)
+            if solution is not None and (best is None or solution.seconds < best.seconds):
+                best = solution
+        return best and replace(best, bound_s=min(bound_s, best.seconds))
+
+    def leanest(self, found: list[Scheme]) -> Solution:
+        """The solution with the lowest peak of all schemes; best first, as above."""
+        best: Solution | None = None
+        programmes = [self.programme(scheme) for scheme in found]
+        bounds = [programme.relaxed_peak() for programme in programmes]
+        for order in np.argsort(bounds, kind="stable"):
+            if best is not None and bounds[order] >= best.peak_bytes:
+                break
+            solution = programmes[order].least_peak()
+            if best is None or solution.peak_bytes < best.peak_bytes:
+                best = solution
+        assert best is not None
+        return best
