@@ -74,7 +74,13 @@ def plan_of(model: nn.Module, optimizer: Optimizer | None, choices: Sequence[Cho
 def scheme_of(profile: Profile, method: Method | None = None) -> Scheme | Refusal:
     """The whole step with ``method`` of scope ``model`` (None: with nothing)."""
     if method is None:
-        return Scheme((), (), model_record(profile, 1, None), profile.variants[()])
+        return Scheme(
+            (),
+            (),
+            model_record(profile, 1, None),
+            profile.variants[()],
+            weights_s=profile.weights_s,
+        )
     variant = (setting_of(method),) if isinstance(type(method), Rewriting) else ()
     record = model_record(profile, getattr(method, "num", 1), None)
     offer = method.offer(Block("", Scope.MODEL, record))

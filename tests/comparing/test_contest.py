@@ -228,9 +228,9 @@ def test_slimgrad_compiles_blocks_only_where_its_rival_compiles(monkeypatch, all
     asked = {}
     real_measure, real_plan = contest.measure, contenders.plan
 
-    def measure(*given, allow_compile):
+    def measure(*given, allow_compile, **others):
         asked["measure"] = allow_compile
-        return real_measure(*given, allow_compile=False)
+        return real_measure(*given, allow_compile=False, **others)
 
     def plan(profile, budget, *, allow_compile, **others):
         asked[str(budget)] = allow_compile

@@ -232,12 +232,12 @@ def test_predicted_peak_is_the_measured_one(name: str, sample: str) -> None:
             pytest.skip(f"refused: {scheme.reason}")
         chosen = dict.fromkeys(paths_for(method, sample), method) if by_block else {}
         programme = programme_of(profile, scheme, chosen)
-        if by_block and not programme.options:
+        if by_block and not programme.menu.options:
             pytest.skip("every block refuses")
         predicted = predicted_peak(programme)
         model, loss_fn, batch = SAMPLES[sample].make()
         optimizer = adamw(model)
-        plan = hand_made(model, optimizer, method, [o.path for o in programme.options])
+        plan = hand_made(model, optimizer, method, [o.path for o in programme.menu.options])
         with apply(plan, model, optimizer, loss_fn) as step:
             measured = measured_peak(step, batch)
         # how long a write behind is pending depends on the machine: the replay counts the longest

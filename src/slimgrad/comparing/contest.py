@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from slimgrad.comparing.contenders import (
+    RUN_STEPS,
     Contender,
     PeerContender,
     SlimContender,
@@ -164,7 +166,13 @@ class _Model:
         profile = self._tried(
             row,
             lambda: measure(
-                copy.model, copy.optimizer, made.loss_fn, copy.batch, allow_compile=allow
+                copy.model,
+                copy.optimizer,
+                made.loss_fn,
+                copy.batch,
+                allow_compile=allow,
+                steps=RUN_STEPS,
+                compile_limit_s=self.contest.compile_limit_s or math.inf,
             ),
         )
         copy.close()

@@ -113,7 +113,7 @@ def explain(
         budget_bytes=limit,
         peak_bytes=best.peak_bytes,
         seconds=best.seconds,
-        plain_seconds=profile.forward_s + profile.backward_s + profile.update_s,
+        plain_seconds=profile.seconds,
         binding=tuple(binding(best)),
         seconds_per_mib=max(0.0, best.seconds - faster.seconds) / (step / 2**20),
         more=_other(more, at(more)),

@@ -85,6 +85,7 @@ class Scheme:
     plain_s: float = (
         0.0  # the passes as they are: time that a rewritten step seems to save is not counted on
     )
+    weights_s: float = 0.0  # of bringing the weights from memory once
 
     @property
     def repeats(self) -> float:
@@ -95,7 +96,8 @@ class Scheme:
     def seconds(self) -> float:
         """One step with every block kept as it is."""
         passes = float(self.trace.op_seconds.sum()) * self.repeats
-        return max(passes, self.plain_s) + self.record.update_s + self.record.extra_s
+        weights_s = self.weights_s * self.record.micro_batches
+        return max(passes, self.plain_s) + weights_s + self.record.update_s + self.record.extra_s
 
 
 def check_allowed(names: Sequence[str]) -> None:
@@ -120,7 +122,10 @@ def schemes(profile: Profile, allowed: Allowed) -> list[Scheme]:
         for subset in _subsets(_model_methods(allowed)):
             composed = _compose(subset, first[0])
             if composed is not None:
-                found.append(Scheme(variant, first[1] + composed[1], composed[0], trace, plain_s))
+                methods = first[1] + composed[1]
+                found.append(
+                    Scheme(variant, methods, composed[0], trace, plain_s, profile.weights_s)
+                )
     return sorted(found, key=lambda s: (s.seconds, len(s.methods), float(s.trace.op_seconds.sum())))
 
 

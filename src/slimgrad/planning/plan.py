@@ -255,7 +255,7 @@ def _plan_of(profile: Profile, allowed: Allowed, asked: Budget, limit: int, best
         budget_bytes=limit,
         exactness=allowed.exactness,
         plain_peak_bytes=profile.peak_bytes,
-        plain_seconds=profile.forward_s + profile.backward_s + profile.update_s,
+        plain_seconds=profile.seconds,
         peak_bytes=best.peak_bytes,
         seconds=best.seconds,
         choices=tuple(_choices(profile, best)),
