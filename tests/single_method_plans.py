@@ -79,7 +79,6 @@ def scheme_of(profile: Profile, method: Method | None = None) -> Scheme | Refusa
             (),
             model_record(profile, 1, None),
             profile.variants[()],
-            weights_s=profile.weights_s,
         )
     variant = (setting_of(method),) if isinstance(type(method), Rewriting) else ()
     record = model_record(profile, getattr(method, "num", 1), None)

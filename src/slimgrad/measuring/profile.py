@@ -28,8 +28,6 @@ Setting = tuple[str, tuple[tuple[str, Any], ...]]
 
 FORMAT = 3
 
-_CACHE_BYTES = 32 << 20  # larger tensors do not stay in the cache between two runs of an operation
-
 
 @dataclass(frozen=True)
 class ModuleCost:
@@ -90,18 +88,8 @@ class Profile:
 
     @property
     def seconds(self) -> float:
-        """One plain step: the sum of its operations timed alone, and of what those find in the cache."""
-        return self.forward_s + self.backward_s + self.update_s + self.weights_s
-
-    @property
-    def weights_s(self) -> float:
-        """Bringing small weights from memory in a forward and a backward pass, their gradients in and out.
-
-        An operation timed alone, again and again, finds them in the processor's cache.
-        """
-        small = sum(p.nbytes for p in self.law.parameters if p.nbytes <= _CACHE_BYTES)
-        frozen = self.weight_bytes - self.trainable_bytes
-        return (4 * small + 2 * frozen) / self.rates.bytes_per_s
+        """One plain step: the sum of its operations, each timed alone."""
+        return self.forward_s + self.backward_s + self.update_s
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON."""

@@ -85,7 +85,6 @@ class Scheme:
     plain_s: float = (
         0.0  # the passes as they are: time that a rewritten step seems to save is not counted on
     )
-    weights_s: float = 0.0  # of bringing the weights from memory once
 
     @property
     def repeats(self) -> float:
@@ -96,8 +95,7 @@ class Scheme:
     def seconds(self) -> float:
         """One step with every block kept as it is."""
         passes = float(self.trace.op_seconds.sum()) * self.repeats
-        weights_s = self.weights_s * self.record.micro_batches
-        return max(passes, self.plain_s) + weights_s + self.record.update_s + self.record.extra_s
+        return max(passes, self.plain_s) + self.record.update_s + self.record.extra_s
 
 
 def check_allowed(names: Sequence[str]) -> None:
@@ -123,9 +121,7 @@ def schemes(profile: Profile, allowed: Allowed) -> list[Scheme]:
             composed = _compose(subset, first[0])
             if composed is not None:
                 methods = first[1] + composed[1]
-                found.append(
-                    Scheme(variant, methods, composed[0], trace, plain_s, profile.weights_s)
-                )
+                found.append(Scheme(variant, methods, composed[0], trace, plain_s))
     return sorted(found, key=lambda s: (s.seconds, len(s.methods), float(s.trace.op_seconds.sum())))
 
 
