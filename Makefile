@@ -62,6 +62,7 @@ check: $(VENV)/.dev ## Lint, types, generated pages up to date
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python tools/docs.py --check
+	$(BIN)/python tools/frontier.py --check
 
 format: $(VENV)/.dev ## Format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .
@@ -69,11 +70,13 @@ format: $(VENV)/.dev ## Format the code and mend what the linter can mend
 
 docs: $(VENV)/.dev ## Write the generated pages again
 	$(BIN)/python tools/docs.py
+	$(BIN)/python tools/frontier.py
 
 bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/budgets.py
 	$(BIN)/slimgrad bench frontier --device cpu --out runs/frontier $(BENCH_OPTIONS)
 	cp runs/frontier/frontier.jsonl benchmarks/results/frontier.jsonl
+	$(BIN)/python tools/frontier.py
 
 # The benchmark runs though a test fails; the target fails then all the same. Exit code 5: no such test.
 gpu: ## On a machine with CUDA: its own python3, this checkout, nothing installed

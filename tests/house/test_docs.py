@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from slimgrad.comparing.rows import load_rows
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 WRITTEN = sorted({path for path in PAGES if path.parent.name != "methods"})
@@ -21,8 +23,10 @@ def named(path):
     return str(path.relative_to(ROOT))
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location("docs_generator", ROOT / "tools" / "docs.py")
+def generator(name="docs"):
+    spec = importlib.util.spec_from_file_location(
+        f"{name}_generator", ROOT / "tools" / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -88,3 +92,12 @@ def test_the_check_notices_pages_that_are_changed_missing_or_left_over(tmp_path,
     assert docs.main(options) == 0
     assert docs.main([*options, "--check"]) == 0
     assert not (tmp_path / "gone.md").exists()
+
+
+def test_the_page_of_the_frontier_says_what_its_rows_say():
+    made = generator("frontier")
+    rows = load_rows(made.ROWS)
+    assert made.page(rows) == made.PAGE.read_text(encoding="utf-8")
+    plan = next(r for r in rows if r.contender.startswith("slimgrad@") and r.error is None)
+    plan.time_s *= 2
+    assert made.page(rows) != made.PAGE.read_text(encoding="utf-8")

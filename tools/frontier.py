@@ -1,0 +1,116 @@
+"""Write docs/frontier.md and its plot from the rows of ``slimgrad bench frontier``: ``python tools/frontier.py [--check]``.
+
+With ``--check`` nothing is written: the exit code is 1 if the page differs from what would be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from slimgrad.comparing.plot import save_png
+from slimgrad.comparing.rows import Row, by_model, load_rows
+from slimgrad.comparing.verdict import Duel, duels, prediction
+from slimgrad.types import format_bytes, format_seconds
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "benchmarks" / "results" / "frontier.jsonl"
+PAGE = ROOT / "docs" / "frontier.md"
+PLOT = ROOT / "docs" / "images" / "frontier.png"
+NOTE = (
+    "<!-- Written by tools/frontier.py from benchmarks/results/frontier.jsonl: run `make docs`. -->"
+)
+INTRODUCTION = """\
+One training step of each model, every contender in turns in one run of `slimgrad bench frontier`: plain training, the
+ways to save memory that PyTorch has, slimgrad planned for budgets, and slimgrad planned for exactly the peak that each
+peer was measured to need. A time is the median over rounds, as a ratio to plain training's in the same run; a peak is
+the most live bytes at any instant, as a ratio to plain training's. Against peers that compile nothing slimgrad
+compiles nothing. The machine has 2 cores that others use as well: times within some 5 % of each other are the same."""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The page, in Markdown."""
+    parts = ["# Time against peak", NOTE, INTRODUCTION, "![The frontiers](images/frontier.png)"]
+    for model, group in by_model(rows).items():
+        parts += _model(model, group)
+    return "\n\n".join(parts) + "\n"
+
+
+def _model(model: str, rows: Sequence[Row]) -> list[str]:
+    plain = rows[0]
+    facts = [f"plain: {format_bytes(plain.peak_bytes or 0)}, {format_seconds(plain.time_s or 0)}"]
+    facts += [str(plain.machine.get("processor", "")), f"torch {plain.machine.get('torch', '')}"]
+    facts += [f"commit {plain.machine.get('commit')}", plain.date or "", plain.note]
+    parts = [f"## {model}", "; ".join(fact for fact in facts if fact) + "."]
+    plans = [r for r in rows if r.kind == "slimgrad" and not r.contender.startswith("slimgrad@")]
+    cells = [
+        (r.budget or "", _of(r.peak_ratio), _of(r.time_ratio), _of(r.predicted_time_ratio))
+        if r.error is None
+        else (r.budget or "", r.error, "", "")
+        for r in plans
+    ]
+    parts.append(
+        _table(("slimgrad's budget", "peak", "time", "predicted time"), cells)
+        if cells
+        else "No budgets were asked for."
+    )
+    named = {row.contender: row for row in rows}
+    fought = duels(rows)
+    header = ("peer", "its peak", "its time", "slimgrad's peak", "its time", "of the peer's")
+    if fought:
+        parts.append(_table(header, [_duel(d, named) for d in fought]))
+    failed = [f"{r.contender}: {r.error}" for r in rows if r.kind == "peer" and r.error]
+    if failed:
+        parts.append("Not measured: " + "; ".join(failed) + ".")
+    found = prediction(rows)
+    if found is not None and found.median_time is not None and found.worst_time is not None:
+        parts.append(
+            f"Measured against predicted, {found.num_plans} plans: peak {found.worst_peak:+.1%} at worst, time "
+            f"{found.median_time:+.1%} in the median, {found.worst_time:+.1%} at worst."
+        )
+    return parts
+
+
+def _duel(duel: Duel, named: dict[str, Row]) -> tuple[str, ...]:
+    peer, slim = named[duel.peer], named.get(f"slimgrad@{duel.peer}")
+    mine = (_of(slim.peak_ratio), _of(slim.time_ratio)) if slim is not None else ("-", "-")
+    return (
+        duel.peer,
+        _of(peer.peak_ratio),
+        _of(peer.time_ratio),
+        *mine,
+        _of(duel.time_ratio) if duel.time_ratio is not None else duel.reason,
+    )
+
+
+def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _of(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write or check the page; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
+    is_check = parser.parse_args(arguments).check
+    rows = load_rows(ROWS)
+    text = page(rows)
+    if is_check:
+        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
+            return 0
+        print(f"out of date: {PAGE}; run 'make docs'", file=sys.stderr)
+        return 1
+    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
+        PAGE.write_text(text, encoding="utf-8")
+        save_png(rows, PLOT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
