@@ -28,7 +28,7 @@ from slimgrad.method import (
 from slimgrad.planning.menu import Menu
 from slimgrad.planning.offers import Option, Scheme
 from slimgrad.planning.plan import Choice, Plan
-from slimgrad.planning.profiling import setting_of
+from slimgrad.planning.real_passes import setting_of
 from slimgrad.planning.settings import block_record, layout_of, model_record
 from slimgrad.planning.solve import Programme
 from slimgrad.types import Exactness

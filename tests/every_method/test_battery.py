@@ -26,7 +26,7 @@ from slimgrad.applying.step import apply
 from slimgrad.measuring.model_cache import switch_off_cache
 from slimgrad.measuring.profile import Profile
 from slimgrad.method import Method, Refusal, Rewriting, Scope, method_name
-from slimgrad.planning.profiling import setting_of
+from slimgrad.planning.real_passes import setting_of
 from slimgrad.types import Exactness
 from slimgrad.verifying.gradient import (
     captured_gradients,

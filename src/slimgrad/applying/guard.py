@@ -34,7 +34,7 @@ from slimgrad.planning.prediction import (
     changed_dimensions,
     predicted_peak,
 )
-from slimgrad.planning.profiling import setting_of
+from slimgrad.planning.real_passes import setting_of
 from slimgrad.planning.splitting import parts_of, splitter
 from slimgrad.types import Budget, format_bytes
 

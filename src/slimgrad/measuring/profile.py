@@ -138,7 +138,11 @@ _ARRAYS = ("nbytes", "birth", "death", "column", "op_call", "op_backward", "op_s
 
 def _trace_to_json(trace: Trace) -> dict[str, Any]:
     out: dict[str, Any] = {name: getattr(trace, name).tolist() for name in _ARRAYS}
-    out |= {"num_ticks": trace.num_ticks, "num_shares": trace.num_shares}
+    out |= {
+        "num_ticks": trace.num_ticks,
+        "num_shares": trace.num_shares,
+        "is_timed": trace.is_timed,
+    }
     out["calls"] = [asdict(call) for call in trace.calls]
     out["gradients"] = {name: list(value) for name, value in trace.gradients.items()}
     out["cached"] = sorted(trace.cached.items())
@@ -156,6 +160,7 @@ def _trace_from_json(data: Mapping[str, Any]) -> Trace:
         op=np.zeros(0, dtype=np.int64),
         num_ticks=data["num_ticks"],
         num_shares=data["num_shares"],
+        is_timed=data.get("is_timed", False),
         cached=dict(data["cached"]),
         calls=calls,
         gradients={name: (v[0], v[1]) for name, v in data["gradients"].items()},

@@ -47,7 +47,7 @@ class Trace:
     ``calls``, -1: none), ``op_backward``. ``gradients`` maps a parameter's name to its gradient's storage and
     the tick at which it was complete. ``cached`` maps storages that autocast's weight cache holds, whoever else
     does, to the tick at which it lets go. ``reads`` and ``writes`` are the storages of each operation's arguments,
-    and of those that it made or wrote into, one entry a tick.
+    and of those that it made or wrote into, one entry a tick. ``is_timed``: do ``op_seconds`` sum to those of real passes?
     """
 
     nbytes: np.ndarray
@@ -63,6 +63,7 @@ class Trace:
     module: np.ndarray
     module_paths: list[str]
     op_seconds: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    is_timed: bool = False
     num_shares: int = 1
     cached: dict[int, int] = field(default_factory=dict)
     reads: list[tuple[int, ...]] = field(default_factory=list)

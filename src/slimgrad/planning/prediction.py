@@ -23,7 +23,7 @@ from slimgrad.methods.gradients.micro_batches import has_batch_statistics
 from slimgrad.planning.menu import Menu
 from slimgrad.planning.offers import Option, Scheme, attach_order
 from slimgrad.planning.plan import Choice, Plan
-from slimgrad.planning.profiling import setting_of
+from slimgrad.planning.real_passes import setting_of
 from slimgrad.planning.settings import block_record, layout_of, model_record
 from slimgrad.planning.simulate import Layout
 from slimgrad.planning.solve import Programme

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from slimgrad.measuring.optimizer import OptimizerLaw, no_optimizer, optimizer_l
 from slimgrad.measuring.profile import ModuleCost, Profile, Setting, fingerprint, versions
 from slimgrad.measuring.trace import Trace, trace_step
 from slimgrad.measuring.tracker import device_of
-from slimgrad.method import Block, Method, Refusal, Rewriting, Scope, hyperparameters, method_name
+from slimgrad.method import Method, Refusal, Rewriting, method_name
 from slimgrad.methods.gradients.micro_batches import has_batch_statistics
 from slimgrad.planning.arguments import check_arguments
 from slimgrad.planning.calls import call_bytes, call_seconds
 from slimgrad.planning.compiling import check_steps, compiled_costs
+from slimgrad.planning.real_passes import attached, setting_of, time_passes
 from slimgrad.planning.settings import plain_record
 from slimgrad.planning.simulate import Layout
 from slimgrad.storage import measure_bandwidth, open_store
@@ -51,7 +52,8 @@ def measure(
 
     Bytes come from fake tensors: nothing is allocated for them. Seconds come from single operations run for
     real, none of which takes more than ``limit_bytes`` (default: unlimited) nor all of them much more than
-    ``limit_s`` seconds. ``optimizer=None`` measures a forward and backward pass alone.
+    ``limit_s`` seconds; where the plain step fits into that and into half of the free memory, whole passes are run
+    for about as long again, and scale them. ``optimizer=None`` measures a forward and backward pass alone.
 
     With ``allow_compile`` one block of each set of equal ones is compiled too (10-40 s each) and run beside the
     plain one, on what one real forward pass gives it; no more are begun after ``compile_limit_s`` seconds. None:
@@ -74,6 +76,13 @@ def measure(
     seconds, rates = time_operations(list(keys), limit_bytes=limit_bytes, limit_s=limit_s)
     for trace in (plain, *traces.values()):
         trace.op_seconds = seconds[trace.op]
+    undo = switch_off_cache(model)
+    try:
+        time_passes(host, batch, traces, limit_bytes=limit_bytes, limit_s=limit_s)
+    finally:
+        undo()
+    if traces[()] is not plain and traces[()].is_timed:
+        plain.op_seconds *= traces[()].op_seconds.sum() / max(seconds[traces[()].op].sum(), 1e-12)
     costs, reason = compiled_costs(
         host, batch, traces[()], allow_compile, check_steps(steps), compile_limit_s
     )
@@ -97,16 +106,6 @@ def check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
             "the optimizer holds no trainable parameter of this model: build it from model.parameters() "
             "(after moving or converting the model)"
         )
-
-
-def setting_of(method: Method) -> Setting:
-    """A method's name and fields, as a profile or plan keeps them."""
-    return (method_name(method), tuple(hyperparameters(method).items()))
-
-
-def method_of(setting: Setting) -> Method:
-    """The method that a setting names."""
-    return catalogue.get(setting[0], **dict(setting[1]))
 
 
 def _traced(
@@ -165,7 +164,7 @@ def _variants(
             bare = plain
         traces: dict[tuple[Setting, ...], Trace] = {(): bare}
         for methods in _rewritings(host, batch, refusals):
-            with _attached(host, methods):
+            with attached(host, methods):
                 key = tuple(setting_of(m) for m in methods)
                 try:
                     traces[key] = _traced(host, batch, paths, keys, fake_only=True)
@@ -184,27 +183,13 @@ def _rewritings(host: Host, batch: Any, refusals: dict[str, str]) -> Iterator[tu
         if not isinstance(cls, Rewriting):
             continue
         leanest = max(combinations, key=len)
-        with _attached(host, leanest):
+        with attached(host, leanest):
             settings = cls.settings(host, batch)
         if isinstance(settings, Refusal):
             refusals[name] = settings.reason
             continue
         combinations += [(*c, s) for c in list(combinations) for s in settings]
     yield from combinations[1:]
-
-
-class _attached:  # noqa: N801
-    """The methods attached to the whole model within the body."""
-
-    def __init__(self, host: Host, methods: Iterable[Method]) -> None:
-        self.host, self.methods = host, list(methods)
-
-    def __enter__(self) -> None:
-        self.undos = [m.attach(Block("", Scope.MODEL, host=self.host)) for m in self.methods]
-
-    def __exit__(self, *exc: Any) -> None:
-        for undo in reversed(self.undos):
-            undo()
 
 
 def _profile(

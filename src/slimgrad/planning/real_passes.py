@@ -1,0 +1,138 @@
+"""Seconds of real passes, forward and backward, of the step as it is and as methods rewrite it, in turns.
+
+Operations timed alone know nothing of each other: what the memory's allocator does, and what one leaves in the cache
+for the next, is missing in their sum. Where the plain step fits into memory, whole passes are run, and the seconds of
+a trace's operations are scaled to theirs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from slimgrad import catalogue
+from slimgrad.host import Host
+from slimgrad.measuring.fake import is_fake
+from slimgrad.measuring.profile import Setting
+from slimgrad.measuring.trace import Trace, checked_loss, untouched
+from slimgrad.method import Block, Method, Scope, hyperparameters, method_name
+
+_LEAST_S = 0.02  # passes that take less cannot be told from noise
+_ROUNDS = 3
+_SHARE = 0.5  # of the memory that is free, which the plain passes may take
+
+Variants = Mapping[tuple[Setting, ...], Trace]
+
+
+def setting_of(method: Method) -> Setting:
+    """A method's name and fields, as a profile or plan keeps them."""
+    return (method_name(method), tuple(hyperparameters(method).items()))
+
+
+def method_of(setting: Setting) -> Method:
+    """The method that a setting names."""
+    return catalogue.get(setting[0], **dict(setting[1]))
+
+
+class attached:  # noqa: N801
+    """The methods attached to the whole model within the body."""
+
+    def __init__(self, host: Host, methods: Iterable[Method]) -> None:
+        self.host, self.methods = host, list(methods)
+
+    def __enter__(self) -> None:
+        self.undos = [m.attach(Block("", Scope.MODEL, host=self.host)) for m in self.methods]
+
+    def __exit__(self, *exc: Any) -> None:
+        for undo in reversed(self.undos):
+            undo()
+
+
+def time_passes(
+    host: Host, batch: Any, traces: Variants, *, limit_bytes: int | None, limit_s: float
+) -> None:
+    """Scale the seconds of ``traces`` to those of real passes, and mark them as timed so.
+
+    The plain passes and each single rewriting method's are run, the fastest first, in turns, for about ``limit_s``
+    seconds; what several methods at once take is the product of what each of them does. Nothing is run where the
+    plain passes would take more than ``limit_bytes`` or half of the free memory, or so little time that
+    noise would be measured.
+    """
+    plain = traces[()]
+    planned = float(plain.op_seconds.sum())
+    peak = plain.timeline().peak_bytes
+    if planned < _LEAST_S or planned * _ROUNDS > limit_s or not _fits(host, peak, limit_bytes):
+        return
+    ways = [_Way(methods, trace) for methods, trace in traces.items() if len(methods) <= 1]
+    ways.sort(key=lambda way: (bool(way.methods), way.planned_s))
+    left = limit_s / _ROUNDS
+    ways = [way for way in ways if (left := left - way.planned_s) > 0 or not way.methods]
+    deadline = time.perf_counter() + 2 * limit_s  # operations alone may tell too little
+    with suppress(
+        Exception
+    ):  # what fails for real is told where it is proved; planned seconds stay
+        for _ in range(_ROUNDS):
+            for way in ways:
+                if time.perf_counter() < deadline:
+                    way.run(host, batch)
+    scale = {way.methods: way.scale for way in ways if way.taken}
+    if () in scale:
+        for methods, trace in traces.items():
+            _scale(trace, methods, scale)
+
+
+@dataclass
+class _Way:
+    """One way to run the passes: nothing attached, or one method. ``taken`` are the seconds of its runs."""
+
+    methods: tuple[Setting, ...]
+    trace: Trace
+    taken: list[float] = field(default_factory=list)
+
+    @property
+    def planned_s(self) -> float:
+        parts = max((dict(fields).get("num", 1) for _, fields in self.methods), default=1)
+        return float(self.trace.op_seconds.sum()) * parts / self.trace.num_shares
+
+    @property
+    def scale(self) -> float:
+        """Real seconds for each that was planned; the first run finds its places in memory."""
+        return min(self.taken[1:] or self.taken) / self.planned_s
+
+    def run(self, host: Host, batch: Any) -> None:
+        with attached(host, map(method_of, self.methods)), untouched(host.model):
+            begin = time.perf_counter()
+            for share in host.split(batch):
+                loss = checked_loss(host.loss_fn(host.model, share.batch))
+                (loss if share.weight == 1 else loss * share.weight).backward()
+                del loss
+            if host.device.type == "cuda":
+                torch.cuda.synchronize(host.device)
+            self.taken.append(time.perf_counter() - begin)
+
+
+def _fits(host: Host, peak_bytes: int, limit_bytes: int | None) -> bool:
+    if any(is_fake(p) for p in host.model.parameters()):
+        return False
+    if limit_bytes is not None and peak_bytes > limit_bytes:
+        return False
+    is_cuda = host.device.type == "cuda"
+    free = torch.cuda.mem_get_info(host.device)[0] if is_cuda else psutil.virtual_memory().available
+    return peak_bytes <= _SHARE * free
+
+
+def _scale(
+    trace: Trace, methods: tuple[Setting, ...], scale: Mapping[tuple[Setting, ...], float]
+) -> None:
+    """A method that was not run is as far off as plain is; several are as far off as all of them together."""
+    factor = scale[()]
+    for method in methods:
+        factor *= scale.get((method,), scale[()]) / scale[()]
+    trace.op_seconds = trace.op_seconds * factor
+    trace.is_timed = all((method,) in scale for method in methods)
