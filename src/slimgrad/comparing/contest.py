@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -207,7 +208,9 @@ class _Model:
             self._say(
                 f"{self.name}: round {turn + 1} of {self.contest.rounds}, {len(self.entered)} contenders"
             )
-            for contender in list(self.entered):
+            order = list(self.entered)
+            random.Random(turn).shuffle(order)  # so that no contender always follows another
+            for contender in order:
                 done = self._tried(contender.row, lambda c=contender: self._turn(c))
                 if done is None:
                     self.entered.remove(contender)

@@ -5,9 +5,7 @@ The two models with names install as packages. Their files are found without imp
 
 from __future__ import annotations
 
-import ctypes
 import difflib
-import gc
 import importlib
 import os
 import sys
@@ -26,6 +24,7 @@ from torch import nn
 from slimgrad.errors import LoadError
 from slimgrad.training.gguf import validate_gguf
 from slimgrad.training.gguf_reading import shared_reader
+from slimgrad.training.resident import release_memory
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def load_model(spec: str = "smollm2", *, dtype: torch.dtype = torch.float32) -> 
     else:
         raise _unknown(spec)
     loaded.model.train()
-    _release_memory()
+    release_memory()
     return loaded
 
 
@@ -245,16 +244,6 @@ def _load_factory(spec: str) -> LoadedModel:
             "nn.Module and a tokenizer"
         )
     return LoadedModel(model, tokenizer, spec)
-
-
-def _release_memory() -> None:
-    """Give what the load no longer needs back to the system; glibc would keep it as resident memory."""
-    gc.collect()
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):
-            return  # another C library
 
 
 def import_libraries() -> None:

@@ -37,17 +37,28 @@ def reset_high_water() -> bool:
         return False
 
 
+def release_memory() -> None:
+    """Give what is free to the system (with glibc; other C libraries keep it or not as they like)."""
+    gc.collect()
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
 def return_freed_memory(threshold_bytes: int = 1 << 20) -> None:
     """Let the C library give large freed blocks back to the system at once (Linux; elsewhere nothing happens).
 
     glibc raises its own threshold as large blocks are freed, after which freed tensors stay resident and the
     resident size no longer tells what is in use.
     """
-    gc.collect()
-    try:
-        libc = ctypes.CDLL("libc.so.6")
+    if (libc := _glibc()) is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes)
         libc.mallopt(_M_TRIM_THRESHOLD, threshold_bytes)
-        libc.malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
+    release_memory()
+
+
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return None
+    return libc if hasattr(libc, "malloc_trim") else None

@@ -1,0 +1,164 @@
+"""How few activation bytes, and at what price: forward and backward alone, beside PyTorch's checkpoints.
+
+    python benchmarks/activations.py [--models gpt2,deep] [--rounds 3] [--out benchmarks/results/activations.jsonl]
+
+Without an optimizer a budget bounds weights, gradients and activations alone, so it is activations that have to give.
+For each share asked for, the fastest plan is taken whose activations (the ledger's column, its maximum) are within
+that share of plain's. One line a contender; times are medians of passes in turns in this one process, as ratios to
+plain's. Every figure is of the machine that the line names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import slimgrad
+from slimgrad.comparing.peers import PEERS, Peer
+from slimgrad.comparing.zoo import Subject, subject
+from slimgrad.measuring.machine import this_machine
+from slimgrad.types import Column, format_bytes
+
+RESULTS = Path(__file__).parent / "results" / "activations.jsonl"
+SHARES = {"gpt2": (0.5, 0.2, 0.1), "deep": (0.15, 0.05)}
+PEER_NAMES = ("checkpoint", "checkpoint-sqrt")
+_TRIALS = 6
+
+
+@dataclass
+class Contender:
+    """One way to run the passes: ``attach`` sets it up and gives the pass and the undo."""
+
+    name: str
+    attach: Callable[[], tuple[Callable[[], object], Callable[[], object]]]
+    row: dict[str, Any] = field(default_factory=dict)
+    times_s: list[float] = field(default_factory=list)
+
+    def measure(self, model: Any, batch: Any) -> None:
+        run, undo = self.attach()
+        run()
+        with slimgrad.Ledger(model, inputs=batch) as ledger:
+            run()
+        undo()
+        self.row |= {
+            "peak_bytes": ledger.peak_bytes,
+            "activation_bytes": ledger.columns[Column.ACTIVATIONS],
+        }
+
+    def turn(self) -> None:
+        run, undo = self.attach()
+        run()
+        begin = time.perf_counter()
+        run()
+        self.times_s.append(time.perf_counter() - begin)
+        undo()
+
+
+def plain_pass(made: Subject) -> None:
+    made.loss_fn(made.model, made.batch).backward()
+    for parameter in made.model.parameters():
+        parameter.grad = None
+
+
+def as_peer(made: Subject, peer: Peer) -> Contender:
+    return Contender(peer.name, lambda: (lambda: plain_pass(made), peer.attach(made.model, made)))
+
+
+def as_plan(made: Subject, plan: slimgrad.Plan, name: str) -> Contender:
+    def attach() -> Any:
+        step = slimgrad.apply(plan, made.model, None, made.loss_fn)
+        return (lambda: step(made.batch)), step.undo
+
+    plain = plan.plain_seconds
+    row = {
+        "predicted_peak_bytes": plan.peak_bytes,
+        "predicted_time_ratio": plan.seconds / plain,
+        "methods": sorted({choice.method for choice in plan.choices}),
+    }
+    return Contender(name, attach, row)
+
+
+def activations_of(plan: slimgrad.Plan) -> int:
+    assert plan.timeline is not None
+    return int(plan.timeline.columns[Column.ACTIVATIONS].max())
+
+
+def within_share(profile: Any, share: float) -> slimgrad.Plan:
+    """The fastest plan found whose activations are within ``share`` of plain's."""
+    most = share * profile.columns[Column.ACTIVATIONS]
+    best = leanest = slimgrad.plan(profile, "min", allow_compile=False)
+    low, high = leanest.peak_bytes, profile.peak_bytes
+    for _ in range(_TRIALS):
+        budget = (low + high) // 2
+        plan = slimgrad.plan(profile, budget, allow_compile=False)
+        if activations_of(plan) <= most:
+            low = budget
+            best = min(best, plan, key=lambda p: p.seconds)
+        else:
+            high = budget
+    return best
+
+
+def bench(name: str, rounds: int) -> list[dict[str, Any]]:
+    made = subject(name)
+    begin = time.perf_counter()
+    profile = slimgrad.measure(made.model, None, made.loss_fn, made.batch, allow_compile=False)
+    measuring_s = time.perf_counter() - begin
+    contenders = [Contender("plain", lambda: (lambda: plain_pass(made), lambda: None))]
+    contenders += [as_peer(made, PEERS[peer]) for peer in PEER_NAMES]
+    begin = time.perf_counter()
+    for share in SHARES.get(name, (0.5, 0.2, 0.1)):
+        contenders.append(as_plan(made, within_share(profile, share), f"slimgrad {share:.0%}"))
+    contenders.append(
+        as_plan(made, slimgrad.plan(profile, "min", allow_compile=False), "slimgrad min")
+    )
+    planning_s = time.perf_counter() - begin
+    print(f"{name}: measured in {measuring_s:.0f} s, planned in {planning_s:.0f} s", flush=True)
+    for contender in contenders:
+        contender.measure(made.model, made.batch)
+    for _ in range(rounds):
+        for contender in contenders:
+            contender.turn()
+    plain = contenders[0]
+    rows = []
+    for contender in contenders:
+        row = {"model": name, "contender": contender.name, **contender.row}
+        row["activation_ratio"] = row["activation_bytes"] / plain.row["activation_bytes"]
+        row["time_s"] = median(contender.times_s)
+        row["time_ratio"] = row["time_s"] / median(plain.times_s)
+        rows.append(row)
+        print(
+            f"  {contender.name:16} activations {format_bytes(row['activation_bytes']):>10} "
+            f"({row['activation_ratio']:.3f} of plain) peak {format_bytes(row['peak_bytes']):>10} time "
+            f"{row['time_ratio']:.2f} (predicted {row.get('predicted_time_ratio', 1):.2f})  "
+            f"{', '.join(row.get('methods', ()))}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default=",".join(SHARES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    chosen = parser.parse_args()
+    machine = asdict(this_machine())
+    lines = []
+    for name in chosen.models.split(","):
+        for row in bench(name, chosen.rounds):
+            row |= {"machine": machine, "date": datetime.date.today().isoformat()}
+            lines.append(json.dumps(row, default=str))
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
