@@ -157,6 +157,7 @@ class Record:
     saved_sizes: tuple[int, ...] = ()  # bytes of each saved tensor's storage
     graph: OperationGraph | None = None  # None: its calls differ from one another
     kept: tuple[int, ...] = ()  # storages that stay, by number, where operations are run again
+    moved: tuple[int, ...] = ()  # and those that are copied out of memory and back
     schedule: tuple[int, ...] = ()  # and, over several blocks in a row, what is held meanwhile
     held_anyway: tuple[int, ...] = ()  # storages that the rest of the step keeps alive, by number
     compiled: CompiledCost | None = None  # None: not measured

@@ -23,6 +23,7 @@ from slimgrad.method import (
     Scope,
     method_name,
 )
+from slimgrad.methods.activations.stored import HAND_OVER_S
 from slimgrad.planning.calls import BlockLayout
 from slimgrad.planning.runs import chains, segments
 from slimgrad.planning.settings import block_record, model_record
@@ -204,12 +205,14 @@ def _offered(
 
 
 def _replayed(layout: Layout, block: BlockLayout, record: Record) -> Record:
-    """The record with the seconds of what is really run again, over all of the block's calls."""
+    """The record with the seconds of what is really run again or read back, over all of the block's calls."""
     if record.restore is not Restore.OPERATIONS:
         return record
-    again = [layout.replayed(g, record.kept, record.schedule) for g in block.groups]
+    again = [layout.replayed(g, record.kept, record.schedule, record.moved) for g in block.groups]
+    read_s = sum(a.read_bytes for a in again) / record.read_bytes_s
+    read_s += sum(a.num_reads for a in again) * HAND_OVER_S
     store_s = record.store_s * len(block.groups)
-    return replace(record, restore_s=sum(a.seconds for a in again), store_s=store_s)
+    return replace(record, restore_s=sum(a.seconds for a in again) + read_s, store_s=store_s)
 
 
 def refusals(profile: Profile, allowed: Allowed) -> dict[str, str]:

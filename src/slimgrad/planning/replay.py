@@ -33,12 +33,18 @@ class Replayed:
     bursts: list[tuple[int, int]]
     held: dict[int, int]
     seconds: float
+    num_reads: int = 0  # of storages that were moved, read back
+    read_bytes: int = 0
 
 
 def replayed(
-    trace: Trace, call: CallOperations, keep: tuple[int, ...], schedule: tuple[int, ...] = ()
+    trace: Trace,
+    call: CallOperations,
+    keep: tuple[int, ...],
+    schedule: tuple[int, ...] = (),
+    move: tuple[int, ...] = (),
 ) -> Replayed:
-    """The backward pass of a call that keeps the storages with the numbers ``keep``, under a schedule.
+    """The backward pass of a call that keeps the storages with the numbers ``keep``, and moves some, under a schedule.
 
     Equal calls, whose backward asks in the same way, share one replay.
     """
@@ -49,7 +55,7 @@ def replayed(
         (s, tick - first, int(trace.death[call.storages[s]]) - first)
         for s, tick in sorted(asked.items())
     )
-    tape = _tape(call.graph, kept, schedule, ticks)
+    tape = _tape(call.graph, kept, frozenset(move).intersection(asked), schedule, ticks)
     last, operations = tape.last + first, call.graph.operations
     held = {storage: last for index in tape.needed for storage in call.outside[index]}
     reads = {s for index in tape.needed for s in operations[index][1]} & kept
@@ -59,6 +65,8 @@ def replayed(
         [(tick + first, nbytes) for tick, nbytes in tape.bursts],
         held,
         tape.seconds,
+        tape.num_reads,
+        tape.read_bytes,
     )
 
 
@@ -66,10 +74,11 @@ def replayed(
 def _tape(
     graph: OperationGraph,
     keep: frozenset[int],
+    move: frozenset[int],
     schedule: tuple[int, ...],
     ticks: tuple[tuple[int, int, int], ...],
 ) -> _Tape:
-    return _Tape(graph, keep, schedule, ticks)
+    return _Tape(graph, keep, move, schedule, ticks)
 
 
 class _Tape:
@@ -79,15 +88,16 @@ class _Tape:
         self,
         graph: OperationGraph,
         keep: frozenset[int],
+        move: frozenset[int],
         schedule: Sequence[int],
         ticks: Sequence[tuple[int, int, int]],
     ) -> None:
-        self.graph, self.keep = graph, keep
+        self.graph, self.keep, self.move = graph, keep, move
         self.holdings = holdings(schedule, graph.num_stages)
         self.death = {s: gone for s, _, gone in ticks}
         self.pending = set(self.death)  # not asked for yet
-        self.last = max(self.death.values(), default=0)
-        self.needed = graph.recipe(self.death, keep)
+        self.last = max((gone for s, gone in self.death.items() if s not in move), default=0)
+        self.needed = graph.recipe(self.death, keep | move)
         self.stage = dict.fromkeys(range(len(graph.num_bytes)), 0)
         self.last_stage = dict(self.stage)
         for index in reversed(range(len(graph.operations))):
@@ -103,12 +113,17 @@ class _Tape:
         self.num_due: Counter[int] = Counter()
         self.memo: dict[int, int] = {}  # storage -> the tick at which it was made again
         self.here = set(keep)  # what is kept, and what was made again and is held
+        self.sources = set(keep | move)  # and what can be read back
+        self.ahead: dict[int, int] = {}  # storage -> the tick at which it began to be read
+        self.num_reads = self.read_bytes = 0
         self.deaths: list[tuple[int, int]] = []  # (tick, storage) of what was made again, a heap
         self.overdue: set[int] = set()  # held for other operations beyond that
         self.again: list[tuple[int, int, int]] = []
         self.bursts: list[tuple[int, int]] = []
         self.seconds = 0.0
-        for wanted, tick, _ in sorted(ticks, key=lambda t: t[1]):
+        in_order = sorted(ticks, key=lambda t: t[1])
+        self.to_read = [s for s, _, _ in in_order if s in move]
+        for wanted, tick, _ in in_order:
             self._ask(wanted, tick)
         for storage in list(self.memo):
             is_asked = storage in self.death and not self._is_held(storage)
@@ -127,12 +142,18 @@ class _Tape:
                 self._let_go(storage, self.death[storage])
         if wanted not in self.memo:
             self._turn_to(self.stage[wanted], tick)
-            self._burst(wanted, tick)
+            self._read_ahead(wanted, tick)
+            if wanted in self.move:
+                self._fetch(wanted, tick)
+            else:
+                self._burst(wanted, tick)
         self.pending.discard(wanted)
 
     def _let_go(self, storage: int, tick: int) -> None:
         made_at = self.memo.pop(storage)
         self.here.discard(storage)
+        if storage not in self.move:
+            self.sources.discard(storage)
         if made_at < tick:
             self.again.append((storage, made_at, tick))
 
@@ -163,7 +184,7 @@ class _Tape:
         for storage in [s for s in self.memo if s not in asked and not self._is_wanted(s)]:
             self._let_go(storage, tick)
         wanted = [s for s in self.pending if self.stage[s] in holding.stages]
-        for index in self.graph.recipe(wanted, self.here):
+        for index in self.graph.recipe(wanted, self.sources):
             if self.graph.stage_of(index) in holding.stages:
                 self._becomes_due(index)
 
@@ -175,11 +196,16 @@ class _Tape:
     def _burst(self, wanted: int, tick: int) -> None:
         """Run what makes ``wanted``; ``memo`` gains what stays, ``bursts`` what was above it for a moment."""
         graph, live, peak, added = self.graph, 0, 0, set[int]()
-        recipe = graph.recipe([wanted], self.here)
+        recipe = graph.recipe([wanted], self.sources)
         for index in recipe:
             self._becomes_due(index)
         for index in recipe:
             self.seconds += graph.operations[index][0] + RUN_S
+            for storage in (self._reads(index) & self.move) - self.here:
+                if storage not in self.ahead:
+                    added.add(storage)
+                    live += graph.num_bytes[storage]
+                self._fetch(storage, tick)
             for storage in dict.fromkeys(graph.operations[index][2]):
                 if storage not in self.here:
                     self._hold(storage, tick)
@@ -197,8 +223,21 @@ class _Tape:
         if peak > after:
             self.bursts.append((tick, peak - after))
 
+    def _read_ahead(self, wanted: int, tick: int) -> None:
+        """What backward will ask for next of what was moved is being read while it goes on."""
+        for storage in self.to_read:
+            if storage in self.pending and storage != wanted and storage not in self.here:
+                self.ahead.setdefault(storage, tick)
+                return
+
+    def _fetch(self, storage: int, tick: int) -> None:
+        self.num_reads += 1
+        self.read_bytes += self.graph.num_bytes[storage]
+        self._hold(storage, self.ahead.pop(storage, tick))
+
     def _hold(self, storage: int, tick: int) -> None:
         self.memo[storage] = tick
         self.here.add(storage)
+        self.sources.add(storage)
         if storage in self.death:
             heapq.heappush(self.deaths, (self.death[storage], storage))

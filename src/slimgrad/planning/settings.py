@@ -91,4 +91,5 @@ def block_record(
 
 def layout_of(profile: Profile, trace: Trace) -> Layout:
     """The trace laid out for replays, with the profile's optimizer."""
-    return Layout(trace, profile.law, profile.law.state_bytes)
+    writes_behind = profile.device.startswith("cuda")  # on the CPU each block waits for its own
+    return Layout(trace, profile.law, profile.law.state_bytes, writes_behind=writes_behind)

@@ -9,7 +9,7 @@ border tensor alive: that is taken once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -39,8 +39,11 @@ _POSITION = {column: position for position, column in enumerate(Column)}
 class Layout:
     """A trace laid out on slots, ready to be replayed under any choices."""
 
-    def __init__(self, trace: Trace, law: OptimizerLaw, state_bytes: int) -> None:
+    def __init__(
+        self, trace: Trace, law: OptimizerLaw, state_bytes: int, *, writes_behind: bool = False
+    ) -> None:
         self.trace, self.law, self.state_bytes = trace, law, state_bytes
+        self.writes_behind = writes_behind  # a block is over before what it moves is written
         self._place()
         self.blocks = self._blocks()
         self._reads = Reads(trace)
@@ -156,14 +159,18 @@ class Layout:
         return tuple(sorted({n for g in block.groups for n in self.operations(g).held_anyway}))
 
     def replayed(
-        self, calls: tuple[int, ...], keep: tuple[int, ...], schedule: tuple[int, ...] = ()
+        self,
+        calls: tuple[int, ...],
+        keep: tuple[int, ...],
+        schedule: tuple[int, ...] = (),
+        move: tuple[int, ...] = (),
     ) -> Replayed:
-        """What calls in a row that keep some storages make again in backward."""
-        if (calls, keep, schedule) not in self._replays:
-            self._replays[calls, keep, schedule] = replayed(
-                self.trace, self.operations(calls), keep, schedule
+        """What calls in a row that keep some storages, and move others, make again or read back in backward."""
+        if (calls, keep, schedule, move) not in self._replays:
+            self._replays[calls, keep, schedule, move] = replayed(
+                self.trace, self.operations(calls), keep, schedule, move
             )
-        return self._replays[calls, keep, schedule]
+        return self._replays[calls, keep, schedule, move]
 
     # -- the step as it was traced -----------------------------------------------------------------
 
@@ -222,14 +229,14 @@ class Layout:
                 self._replayed_outputs(changes, index)
                 self._replayed_temporaries(changes, index, saved)
             elif record.restore is Restore.COPY:
-                self._pending_writes(changes, index, saved, 1 - share)
+                sizes = [int(self.trace.nbytes[s]) for s in saved]
+                self.pending_writes(changes, index, sizes, 1 - share)
         return changes
 
-    def _pending_writes(
-        self, changes: Changes, index: int, saved: tuple[int, ...], share: float
+    def pending_writes(
+        self, changes: Changes, index: int, sizes: Sequence[int], share: float = 1.0
     ) -> None:
         """What a block's forward leaves to be written is live until it is, during the next block's at most."""
-        sizes = [int(self.trace.nbytes[s]) for s in saved]
         pending = min(sum(sizes) * share, max([MAX_PENDING_BYTES, *sizes]))
         start = int(self.drop[self.trace.calls[index].forward_to + 1])
         ends = [

@@ -39,7 +39,9 @@ def grouped(choices: Sequence[Choice]) -> list[list[Choice]]:
     """Choices of one method with one setting, together."""
     runs: dict[tuple[str, str], list[Choice]] = {}
     for choice in choices:
-        fields = sorted((n, v) for n, v in choice.fields.items() if n not in ("blocks", "keep"))
+        fields = sorted(
+            (n, v) for n, v in choice.fields.items() if n not in ("blocks", "keep", "move")
+        )
         runs.setdefault((choice.method, str(fields)), []).append(choice)
     return list(runs.values())
 

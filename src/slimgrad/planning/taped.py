@@ -11,6 +11,7 @@ from slimgrad.planning.calls import Changes
 from slimgrad.types import Column
 
 if TYPE_CHECKING:
+    from slimgrad.planning.replay import Replayed
     from slimgrad.planning.simulate import Layout
 
 _TEMPORARIES = list(Column).index(Column.TEMPORARIES)
@@ -27,7 +28,7 @@ def tape_changes(layout: Layout, where: str | tuple[str, ...], record: Record) -
 
 def _call_changes(layout: Layout, changes: Changes, calls: tuple[int, ...], record: Record) -> None:
     trace, call = layout.trace, layout.operations(calls)
-    again, kept = layout.replayed(calls, record.kept, record.schedule), set(record.kept)
+    again, kept = _replayed(layout, calls, record), set(record.kept)
     storages, gone_at = np.array(call.storages, dtype=int), np.array(call.gone_at, dtype=int)
     is_dropped = np.array(call.graph.is_saved, dtype=bool)
     is_dropped[[number for number in kept if number < len(is_dropped)]] = False
@@ -51,6 +52,13 @@ def _call_changes(layout: Layout, changes: Changes, calls: tuple[int, ...], reco
     )
     for tick, peak in again.bursts:
         changes.span(int(layout.at[tick]) - 1, int(layout.at[tick]), peak, _TEMPORARIES)
+    if record.moved and layout.writes_behind:
+        moved = [n for n in record.moved if n < len(is_dropped) and is_dropped[n]]
+        layout.pending_writes(changes, calls[-1], nbytes[moved].tolist())
+
+
+def _replayed(layout: Layout, calls: tuple[int, ...], record: Record) -> Replayed:
+    return layout.replayed(calls, record.kept, record.schedule, record.moved)
 
 
 def held_by_tape(layout: Layout, where: str | tuple[str, ...], record: Record) -> dict[int, int]:
@@ -59,7 +67,7 @@ def held_by_tape(layout: Layout, where: str | tuple[str, ...], record: Record) -
     block = layout.block(where)
     for calls in block.groups:
         if layout.backward_from(calls) is not None and block.saved[calls[0]]:
-            again = layout.replayed(calls, record.kept, record.schedule)
+            again = _replayed(layout, calls, record)
             for storage, tick in again.held.items():
                 found[storage] = max(found.get(storage, 0), layout.gone_slot(tick))
     return found

@@ -33,11 +33,10 @@ from slimgrad.errors import MethodError
 from slimgrad.host import Host
 from slimgrad.method import Block, Offer, Paper, Refusal, Restore, Scope, Undo
 from slimgrad.methods.activations.saved import MODIFIED, Geometry, Kept, is_plain, returned_tensors
+from slimgrad.methods.activations.stored import HAND_OVER_S, SMALL_BYTES, Stored, whole_storage
 from slimgrad.methods.activations.wrapping import wrap_forward
-from slimgrad.storage import Slot, Store, Transfer, store_of
+from slimgrad.storage import Store, store_of
 from slimgrad.types import Column, Exactness, format_bytes
-
-HAND_OVER_S = 1e-4  # seconds that handing one tensor to the store, or back, takes beside its bytes
 
 
 class _Saved:
@@ -49,12 +48,8 @@ class _Saved:
         self.version = tensor._version
         self.source = StorageWeakRef(storage)  # while it is held, no other storage has its identity
         self._store = store
-        whole = (self.num_bytes // tensor.element_size(),)
-        # a view, not a copy: it shares the version counter by which a modification is found
-        self._kept: Tensor | None = tensor.detach().as_strided(whole, (1,), 0)
-        self._slot: Slot | None = None
-        self._write: Transfer | None = None
-        self._read: tuple[Tensor, Transfer] | None = None
+        self._kept: Tensor | None = whole_storage(tensor)
+        self._stored: Stored | None = None
         self._restored: StorageWeakRef | None = None
         self._held: torch.UntypedStorage | None = None
         self.num_asks = 0  # tensors that autograd keeps of it and has not asked for yet
@@ -62,14 +57,13 @@ class _Saved:
     def write(self) -> None:
         """Start writing; the storage is let go when it is written."""
         if self._kept is not None and self._kept._version == self.version:
-            self._slot = self._store.allocate(self.num_bytes)
-            self._write = self._store.start_write(self._slot, self._kept)
+            self._stored = Stored(self._store, self._kept)
             self._kept = None
 
     def settle(self) -> None:
         """Wait for the write; its error is for who asks for the bytes."""
-        if self._write is not None:
-            self._write.settle()
+        if self._stored is not None:
+            self._stored.settle()
 
     def keep(self, tensor: Tensor) -> None:
         """Hold on to the storage, which ``tensor`` shows, after all: the block returned it."""
@@ -78,9 +72,8 @@ class _Saved:
 
     def read_ahead(self) -> None:
         """Start reading, unless the bytes are in memory already."""
-        if self._slot is not None and self._read is None and self._live() is None:
-            target = torch.empty(self.num_bytes, dtype=torch.uint8, device=self._store.device)
-            self._read = target, self._store.start_read(self._slot, target)
+        if self._stored is not None and self._live() is None:
+            self._stored.read_ahead()
 
     def restore(self) -> torch.UntypedStorage:
         """The bytes in memory, held until all that autograd keeps of them has been asked for."""
@@ -93,14 +86,9 @@ class _Saved:
         live = self._live()
         if live is not None:
             return live
-        if self._write is None:
+        if self._stored is None:
             raise RuntimeError(MODIFIED.format(f"{self.num_bytes} bytes"))
-        self._write.wait()
-        self.read_ahead()
-        assert self._read is not None
-        (target, transfer), self._read = self._read, None
-        transfer.wait()
-        storage = target.untyped_storage()
+        storage = self._stored.read()
         self._restored = StorageWeakRef(storage)
         return storage
 
@@ -110,11 +98,6 @@ class _Saved:
         if self._restored is None:
             return None
         return torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
-
-    def __del__(self) -> None:
-        slot = getattr(self, "_slot", None)
-        if slot is not None:
-            self._store.free(slot)
 
 
 class _Call:
@@ -240,7 +223,7 @@ class OffloadActivations:
     is read ahead; 0 reads each tensor when it is asked for.
     """
 
-    min_bytes: int = 64 * 2**10
+    min_bytes: int = SMALL_BYTES
     prefetch: int = 1
 
     column: ClassVar[Column] = Column.ACTIVATIONS

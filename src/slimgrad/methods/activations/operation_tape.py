@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimgrad.measuring.trace import written_arguments
+from slimgrad.methods.activations.moving import Moving
 from slimgrad.methods.activations.saved import Geometry, Kept, is_plain
 from slimgrad.methods.activations.schedules import Holding
 from slimgrad.methods.activations.values import (
@@ -31,7 +32,6 @@ from slimgrad.methods.activations.values import (
     Value,
     copied,
     flattened,
-    found_storage,
     nested,
     recipe,
     results,
@@ -59,7 +59,7 @@ class Tape(TorchDispatchMode):
 
     ``keep`` are the storages on ``device`` that stay, by their number in the order in which the block makes them;
     None: all. A tape that is entered for several blocks, one after the other, has a stage for each; ``holdings``
-    says what is held when backward is at a stage.
+    says what is held when backward is at a stage. ``moving`` has the storages that are moved out of memory.
     """
 
     def __init__(
@@ -67,9 +67,10 @@ class Tape(TorchDispatchMode):
         keep: frozenset[int] | None,
         device: torch.device,
         holdings: Sequence[Holding] = (Holding(frozenset({0})),),
+        moving: Moving | None = None,
     ) -> None:
         super().__init__()
-        self._keep, self._device = keep, device
+        self._keep, self._device, self._moving = keep, device, moving
         self.holdings = holdings
         self.holding = holdings[-1]
         self.stage = 0
@@ -100,6 +101,8 @@ class Tape(TorchDispatchMode):
         super().__exit__(*exc)
         self._hooks.__exit__(*exc)
         self._hooks = None
+        if self._moving is not None and exc[0] is not None:
+            self._moving.stop()
 
     def next_stage(self, returned: Sequence[Tensor]) -> None:
         """One block has run and ``returned`` these; the next is to come."""
@@ -112,8 +115,10 @@ class Tape(TorchDispatchMode):
             value = self._newest.get(tensor.untyped_storage()._cdata)
             if value is not None and value.num_handles > 0:
                 value.keep(tensor)
+        if self._moving is not None:
+            self._moving.end()
         for value in self._newest.values():
-            if value.is_kept:
+            if value.is_kept or value.stored is not None:
                 value.made_by = None
         self._newest.clear()
 
@@ -139,6 +144,8 @@ class Tape(TorchDispatchMode):
         random = _random_state(leaves) if kind.is_random else None
         grad = torch.is_grad_enabled()
         operation = Operation(next(self._index), self.stage, func, noted, nest, random, grad)
+        if self._moving is not None:
+            self._moving.start_writes()
         written = _written(func, nest, leaves) if kind.is_mutable else []
         for position in written:
             self._before_write(noted[position])
@@ -147,9 +154,14 @@ class Tape(TorchDispatchMode):
         return out
 
     def _before_write(self, argument: Any) -> None:
-        """A value from outside that earlier operations read, and may read again, is copied before it changes."""
+        """A value from outside that earlier operations read, and may read again, is copied before it changes.
+
+        One that is being moved has to be in the store.
+        """
         if isinstance(argument, Argument):
             value = argument.value
+            if value.stored is not None:
+                value.stored.written()
             if value.made_by is None and value.is_read and (storage := value.here) is not None:
                 value.keep(Geometry(torch.uint8, (storage.nbytes(),), (1,), 0).on(copied(storage)))
 
@@ -212,15 +224,19 @@ class Tape(TorchDispatchMode):
         value.num_handles += 1
         if value.num_handles == 1:
             self._asked.setdefault(value.stage, []).append(weakref.ref(value))
+        if self._moving is not None and self._number.get(key) in self._moving.numbers:
+            self._moving.add(value, tensor)
         return Handle(value, Geometry.of(tensor), self)
 
     # -- backward --------------------------------------------------------------------------------------
 
     def restore(self, value: Value) -> torch.UntypedStorage:
-        """The storage of ``value``, computed again where it is not in memory."""
+        """The storage of ``value``, computed again or read back where it is not in memory."""
         if (storage := value.here) is not None:
             return storage
         self._turn_to(value.stage)
+        if self._moving is not None:
+            self._moving.read_ahead(value)
         value.num_due += 1  # so that it is held until it is returned
         operations = recipe([value])
         with torch.autocast(value.device, enabled=False):
@@ -231,7 +247,7 @@ class Tape(TorchDispatchMode):
         if len(self.holdings) > 1:
             for operation in operations:
                 self._found += [ref for _, ref in operation.makes if (v := ref()) and v.is_memo]
-        storage = found_storage(value.here)
+        storage = value.fetched(self.holding)
         value.num_due -= 1
         return storage
 

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from slimgrad.methods.activations.saved import MODIFIED, Geometry
 from slimgrad.methods.activations.schedules import Holding
+from slimgrad.methods.activations.stored import Stored
 
 NOTE_S = 60e-6  # seconds that noting one operation takes, beside running it
 RUN_S = 40e-6  # and running it again
@@ -36,10 +37,12 @@ class Value:
         )
         self._version = 0
         self._memo: torch.UntypedStorage | None = None
+        self.stored: Stored | None = None  # outside the device
 
     def keep(self, tensor: Tensor) -> None:
-        """Hold the storage that ``tensor`` shows; it is never computed again."""
+        """Hold the storage that ``tensor`` shows; it is never computed again, nor read back."""
         self._kept = tensor.untyped_storage()
+        self.stored = None
         self._shown_by, self._version = weakref.ref(tensor), tensor._version
 
     def let_go(self) -> None:
@@ -54,8 +57,13 @@ class Value:
 
     @property
     def is_memo(self) -> bool:
-        """Whether it was computed again and is held for a while."""
+        """Whether it was computed again, or read back, and is held for a while."""
         return self._memo is not None
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it is in the store alone, and backward has yet to ask for it."""
+        return self.stored is not None and self._memo is None and self.num_handles > 0
 
     @property
     def here(self) -> torch.UntypedStorage | None:
@@ -66,6 +74,19 @@ class Value:
         if tensor is not None and tensor._version != self._version:
             raise RuntimeError(MODIFIED.format(f"shape {list(tensor.shape)}"))
         return self._kept
+
+    def read_ahead(self) -> None:
+        """Start reading it, where it is in the store alone."""
+        if self.stored is not None and self._memo is None:
+            self.stored.read_ahead()
+
+    def fetched(self, holding: Holding) -> torch.UntypedStorage:
+        """Its storage, read back where it is in the store alone."""
+        storage = self.here
+        if storage is None and self.stored is not None:
+            storage = self.stored.read()
+            self.found(storage, holding)
+        return found_storage(storage)
 
     def is_wanted(self, holding: Holding) -> bool:
         """Whether, computed again, it is to be held for a while."""
@@ -136,7 +157,7 @@ class Operation:
 
     def run(self, holding: Holding) -> None:
         """Run it again; it is due, and everything it reads is in memory."""
-        storages = {value: found_storage(value.here) for value in self.reads}
+        storages = {value: value.fetched(holding) for value in self.reads}
         written = {self.leaves[-1 - p].value for p, _ in self.makes if p < 0}
         self.is_off()
         for value in written:
@@ -207,12 +228,12 @@ def results(out: Any) -> list[Any]:
 
 
 def recipe(wanted: Iterable[Value]) -> list[Operation]:
-    """The operations that make the values ``wanted`` from what is in memory, in the order in which they ran."""
+    """The operations that make the values ``wanted`` from what is in memory or stored, in the order in which they ran."""
     found: dict[int, Operation] = {}
     open_values = list(wanted)
     while open_values:
         value = open_values.pop()
-        operation = value.made_by
+        operation = value.made_by if value.stored is None else None
         if operation is not None and operation.index not in found and value.here is None:
             found[operation.index] = operation
             open_values += operation.reads

@@ -1,0 +1,61 @@
+"""What an operation tape moves out of memory: values that backward asks for, written in forward, read in backward."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+from slimgrad.methods.activations.stored import Stored, whole_storage
+from slimgrad.methods.activations.values import Value
+from slimgrad.storage import Store
+
+
+class Moving:
+    """The values of one tape whose storages have the ``numbers``, moved to ``store`` where autograd saves them."""
+
+    def __init__(self, numbers: frozenset[int], store: Store) -> None:
+        self.numbers = numbers
+        self._store = store
+        self._waiting: list[tuple[Value, Tensor]] = []  # to be written before the next operation
+        self._saved: list[weakref.ref[Value]] = []  # in the order in which they were saved last
+
+    def add(self, value: Value, tensor: Tensor) -> None:
+        """Autograd saves ``value``, which ``tensor`` shows."""
+        if value.is_kept:
+            return
+        if value.num_handles == 1 and value.stored is None:
+            whole = whole_storage(tensor)
+            if whole is None:
+                value.keep(tensor)
+                return
+            self._waiting.append((value, whole))
+        self._saved.append(weakref.ref(value))
+
+    def start_writes(self) -> None:
+        """Write what was saved since the last operation; its storage is let go when it is written."""
+        while self._waiting:
+            value, whole = self._waiting.pop(0)
+            if not value.is_kept:
+                value.stored = Stored(self._store, whole)
+
+    def end(self) -> None:
+        """Forward is over. On the CPU nothing is left to be written, so that the bytes are gone from here on."""
+        self.start_writes()
+        if self._store.device.type == "cpu":
+            for reference in self._saved:
+                if (value := reference()) is not None and value.stored is not None:
+                    value.stored.settle()
+
+    def stop(self) -> None:
+        """Forward has failed: nothing more is written."""
+        self._waiting.clear()
+
+    def read_ahead(self, value: Value) -> None:
+        """Backward asks for ``value``: read it where it was moved, and what it will ask for next of those moved."""
+        value.read_ahead()
+        for reference in reversed(self._saved):
+            after = reference()
+            if after is not None and after is not value and after.is_away:
+                after.read_ahead()
+                return
