@@ -112,8 +112,10 @@ def schemes(profile: Profile, allowed: Allowed) -> list[Scheme]:
         rewriting = [catalogue.get(name, **dict(fields)) for name, fields in variant]
         if not all(allowed.permits(m) for m in rewriting):
             continue
+        measured = any(getattr(m, "compiles", False) for m in rewriting)  # beside plain steps
+        least_s = 0.0 if measured else plain_s
         parts = max((getattr(m, "num", 1) for m in rewriting), default=1)
-        record = model_record(profile, parts, allowed.clip_grad_norm)
+        record = model_record(profile, parts, allowed.clip_grad_norm, allowed.num_steps)
         first = _compose(rewriting, record)
         if first is None:
             continue
@@ -121,7 +123,7 @@ def schemes(profile: Profile, allowed: Allowed) -> list[Scheme]:
             composed = _compose(subset, first[0])
             if composed is not None:
                 methods = first[1] + composed[1]
-                found.append(Scheme(variant, methods, composed[0], trace, plain_s))
+                found.append(Scheme(variant, methods, composed[0], trace, least_s))
     return sorted(found, key=lambda s: (s.seconds, len(s.methods), float(s.trace.op_seconds.sum())))
 
 
