@@ -50,6 +50,7 @@ class Host:
     Places a method may take over:
 
     - ``split(batch) -> shares``
+    - ``loss_fn(model, batch) -> loss``: the forward pass of one share.
     - ``on_gradient(parameter)``: called when a parameter's gradient is complete for the whole step; None while
       nobody wants it.
     - ``update(parameter)``: the optimizer's update of one parameter from its ``.grad``; the gradient is freed by

@@ -214,6 +214,8 @@ class ModelRecord:
     buffer_bytes: int = 0  # preallocated staging buffers
     slice_bytes: int = 0  # an update's largest part of one parameter; 0: the whole parameter
     extra_s: float = 0.0
+    compile_s: float = 0.0  # what compiling the whole step took, once
+    num_steps: int = 1000  # over which what is done once is paid off
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,8 @@ class Graded(Protocol):
 class Rewriting(Protocol):
     """A method of scope ``model`` that changes the step itself, so that it must be traced while attached.
 
-    ``measure`` asks for its ``settings`` on the live model and traces the step once with each.
+    ``measure`` asks for its ``settings`` on the live model and traces the step once with each, on fake tensors. One
+    that compiles (``compiles = True``) is traced, and timed, on real steps, alone.
     """
 
     @classmethod

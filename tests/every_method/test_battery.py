@@ -69,10 +69,13 @@ def settings_or_skip(name: str, sample: str) -> list[Method]:
         assert len(found.reason) > 10
         pytest.skip(f"refused: {found.reason}")
     if isinstance(type(found[0]), Rewriting):
-        found = [m for m in found if (setting_of(m),) in profile_of(sample).variants]
+        profile = profile_of(sample, compiles(name))
+        found = [m for m in found if (setting_of(m),) in profile.variants]
         if not found:
-            pytest.skip(f"refused: {profile_of(sample).refusals[name]}")
-    if found[0].scope is not Scope.MODEL and not block_paths(model):
+            pytest.skip(f"refused: {profile.refusals[name]}")
+    if found[0].scope is Scope.MODEL:
+        return list(found)
+    if not block_paths(model):
         pytest.skip("the model has no blocks")
     if compiles(name) and not paths_for(found[0], sample):
         pytest.skip(f"refused: {profile_of(sample, True).refusals['compiled']}")
@@ -81,6 +84,8 @@ def settings_or_skip(name: str, sample: str) -> list[Method]:
 
 def paths_for(method: Method, sample: str) -> list[str]:
     """The blocks of a sample model that a method of scope ``block`` is attached to."""
+    if method.scope is Scope.MODEL:
+        return []
     if compiles(method_name(method)):
         return list(profile_of(sample, True).compiled)
     return block_paths(SAMPLES[sample].make()[0])

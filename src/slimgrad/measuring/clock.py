@@ -114,6 +114,12 @@ def _specs(key: OpKey) -> list[TensorSpec]:
     return found
 
 
+def coarsest(keys: Sequence[OpKey]) -> float:
+    """The epsilon of the coarsest floating dtype among the operations' arguments."""
+    dtypes = {spec.dtype for key in keys for spec in _specs(key)}
+    return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0)
+
+
 def op_bytes(key: OpKey) -> int:
     """Bytes that an operation's tensor arguments span."""
     return sum(spec.nbytes for spec in _specs(key))

@@ -1,4 +1,4 @@
-"""Compiled forward passes: one compiled code for all blocks that are alike, and its buffers seen by the ledger.
+"""Compiled forward passes: one compiled code for all that are alike, and its buffers seen by the ledger.
 
 ``torch.compile`` keeps its compiled code with the code object of the function. So all instances of a class share
 one store, which blocks of other shapes would make it believe that shapes change from call to call. Here each set
@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from slimgrad.host import LossFn
 
 _MAKERS = {"empty_strided_cpu": "cpu", "empty_strided_cuda": "cuda"}
 
@@ -52,6 +54,26 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
     return compiled_forward
 
 
+def compiled_loss(model: nn.Module, loss_fn: LossFn) -> LossFn:
+    """The loss function, the model's forward pass within, through ``torch.compile``.
+
+    Models of one class and shapes share the code that was made for one loss function. Graph breaks are allowed:
+    what is run is what is measured. Without gradients, and where another dispatch mode watches, the plain one runs.
+    """
+    code = getattr(loss_fn, "__code__", None) or type(loss_fn)
+    run: Callable[..., Any] = torch.compile(
+        _loss_twin(type(model), _shapes(model), code), backend=_whole_budget
+    )
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if not torch.is_grad_enabled() or _is_watched():
+            return loss_fn(model, batch)
+        with _no_global_hooks():
+            return run(loss_fn, model, batch)
+
+    return loss
+
+
 def _whole_budget(graph: Any, inputs: Any) -> Any:
     """Inductor, its memory budget pinned: below 1 torch 2.13's gradients are wrong where there is dropout."""
     from torch._functorch import config
@@ -75,6 +97,16 @@ def _twin(function: types.FunctionType, shapes: tuple[Any, ...]) -> types.Functi
 
     code, names = forward.__code__.replace(), forward.__globals__
     return types.FunctionType(code, names, function.__name__, None, forward.__closure__)
+
+
+@functools.cache
+def _loss_twin(cls: type, shapes: tuple[Any, ...], code: object) -> types.FunctionType:  # pyright: ignore[reportUnusedParameter]
+    """A function that calls a loss function, with a code object of its own."""
+
+    def loss(loss_fn: LossFn, model: nn.Module, batch: Any) -> Any:
+        return loss_fn(model, batch)
+
+    return types.FunctionType(loss.__code__.replace(), loss.__globals__, "loss")
 
 
 def _is_watched() -> bool:

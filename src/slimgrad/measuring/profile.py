@@ -45,7 +45,8 @@ class ModuleCost:
 class Profile:
     """A measured step. ``variants`` maps the rewriting methods attached (none: the plain step) to its trace.
 
-    ``compiled`` has what those blocks take once compiled that were measured so, by path.
+    ``compiled`` has what those blocks take once compiled that were measured so, by path; ``compile_s`` is what
+    compiling the whole step took.
     """
 
     fingerprint: str
@@ -70,6 +71,7 @@ class Profile:
     versions: dict[str, str] = field(default_factory=dict)
     batch_shapes: Shapes = field(default_factory=dict)
     compiled: dict[str, CompiledCost] = field(default_factory=dict)
+    compile_s: float = 0.0
 
     @property
     def peak_bytes(self) -> int:

@@ -16,7 +16,7 @@ from slimgrad.host import LossFn, Share
 from slimgrad.measuring.buffers import Buffers
 from slimgrad.measuring.clock import OpKey, op_key
 from slimgrad.measuring.fake import faked
-from slimgrad.measuring.ledger import MemoryTimeline, timeline_of
+from slimgrad.measuring.ledger import InsideCompiled, MemoryTimeline, timeline_of
 from slimgrad.measuring.randomness import RandomState
 from slimgrad.measuring.tracker import Tracker, current_task, plain_tensors
 from slimgrad.measuring.workspaces import fill_workspaces
@@ -220,11 +220,13 @@ def trace_step(
     keys: dict[OpKey, int],
     *,
     fake: bool = True,
+    inside_compiled: bool = False,
 ) -> Trace:
     """Run one forward and backward pass for each share and note every storage and operation.
 
     On fake tensors nothing is allocated. On real ones the model's buffers, gradients and the random state are
-    put back afterwards. ``keys`` collects the distinct operations over several traces.
+    put back afterwards. ``keys`` collects the distinct operations over several traces. With ``inside_compiled``
+    compiled code runs, and its buffers and the operations that it calls are noted; else it gives way to plain code.
 
     Raises ``LossError`` where the loss is not a scalar with a gradient.
     """
@@ -236,7 +238,8 @@ def trace_step(
         fill_workspaces(trace, keys)
         return trace
     with untouched(model):
-        return _trace(model, loss_fn, shares, block_paths, keys)
+        tracking = InsideCompiled if inside_compiled else Tracker
+        return _trace(model, loss_fn, shares, block_paths, keys, tracking)
 
 
 class untouched:  # noqa: N801
@@ -265,9 +268,10 @@ def _trace(
     shares: Sequence[Share],
     block_paths: Sequence[str],
     keys: dict[OpKey, int],
+    tracking: type[Tracker] = Tracker,
 ) -> Trace:
     recorder = _Recorder(keys, block_paths, model)
-    tracker = Tracker(model, inputs=[s.batch for s in shares], on_op=recorder.on_op)
+    tracker = tracking(model, inputs=[s.batch for s in shares], on_op=recorder.on_op)
     recorder.tracker = tracker
     try:
         with tracker:

@@ -18,7 +18,7 @@ from slimgrad.planning.calls import call_seconds
 
 DEFAULT_STEPS = 1000  # of a run, where the user says nothing
 COMPILE_S = 30.0  # what one set of equal blocks is expected to take
-_USUAL_GAIN = 0.1  # of a block's seconds
+USUAL_GAIN = 0.1  # of a block's seconds
 _REFUSALS = 5  # reasons told in full
 
 
@@ -64,12 +64,9 @@ def compiled_costs(
     One block of each set of equal ones is compiled, where that is allowed (None: where it may pay off within
     ``steps``), until ``limit_s`` seconds are spent.
     """
-    if allow is False:
-        return {}, "compiling was not allowed (allow_compile=False)"
-    if any(is_fake(p) for p in host.model.parameters()):
-        return {}, "compiled blocks are measured for real, and this model has no memory behind it"
-    if host.device.type == "cpu" and cpp_compiler() is None:
-        return {}, "no C++ compiler is found (g++ or clang++)"
+    reason = why_nothing(host, allow)
+    if reason is not None:
+        return {}, reason
     wanted = [g for g in equal_blocks(host, trace) if allow or _may_pay(trace, g, steps)]
     if not wanted:
         return {}, (
@@ -78,10 +75,21 @@ def compiled_costs(
     return _measured(host, batch, wanted, limit_s)
 
 
+def why_nothing(host: Host, allow: bool | None) -> str | None:
+    """Why nothing of a model may be compiled; None where it may."""
+    if allow is False:
+        return "compiling was not allowed (allow_compile=False)"
+    if any(is_fake(p) for p in host.model.parameters()):
+        return "compiled code is measured for real, and this model has no memory behind it"
+    if host.device.type == "cpu" and cpp_compiler() is None:
+        return "no C++ compiler is found (g++ or clang++)"
+    return None
+
+
 def _may_pay(trace: Trace, paths: list[str], steps: int) -> bool:
     calls = tuple(i for i, c in enumerate(trace.calls) if c.path in set(paths))
     seconds = sum(call_seconds(trace, calls, backward=b) for b in (False, True))
-    return _USUAL_GAIN * seconds * steps > COMPILE_S
+    return USUAL_GAIN * seconds * steps > COMPILE_S
 
 
 def _measured(

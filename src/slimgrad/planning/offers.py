@@ -119,7 +119,7 @@ def schemes(profile: Profile, allowed: Allowed) -> list[Scheme]:
         if not all(allowed.permits(m) for m in rewriting):
             continue
         parts = max((getattr(m, "num", 1) for m in rewriting), default=1)
-        record = model_record(profile, parts, allowed.clip_grad_norm)
+        record = model_record(profile, parts, allowed.clip_grad_norm, allowed.num_steps)
         first = _compose(rewriting, record)
         if first is None:
             continue

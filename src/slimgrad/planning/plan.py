@@ -17,7 +17,7 @@ from slimgrad.measuring.profile import Profile, field_from_json, versions
 from slimgrad.method import Method, Update, hyperparameters, method_name
 from slimgrad.planning.calls import Changes, call_bytes
 from slimgrad.planning.compiling import DEFAULT_STEPS, check_steps
-from slimgrad.planning.offers import Allowed, check_allowed, refusals, schemes
+from slimgrad.planning.offers import Allowed, Scheme, check_allowed, refusals, schemes
 from slimgrad.planning.plan_file import check_plan_keys
 from slimgrad.planning.simulate import Layout
 from slimgrad.planning.solve import Solution
@@ -276,6 +276,8 @@ def _plan_of(profile: Profile, allowed: Allowed, asked: Budget, limit: int, best
 
 def _needs_step(best: Solution) -> list[str]:
     reasons: list[str] = []
+    if any(getattr(method, "compiles", False) for method, _ in best.scheme.methods):
+        reasons.append("the compiled loss")
     if best.scheme.record.micro_batches > 1:
         reasons.append("micro-batches")
     if best.scheme.record.update is Update.DURING:
@@ -297,7 +299,7 @@ def _choices(profile: Profile, best: Solution) -> list[Choice]:
     base = _column_peaks(best.layout, Changes())
     for index, (method, note) in enumerate(rewriting):
         freed = _difference(plain, base) if index == 0 else {}
-        made.append(_choice("", method, note, freed, 0.0))
+        made.append(_choice("", method, note, freed, _added_by_compiling(profile, scheme, method)))
     for method, note in others:
         column = method.column.value
         freed = {column: _freed_by_model_method(best, method, profile)}
@@ -325,6 +327,14 @@ def _choices(profile: Profile, best: Solution) -> list[Choice]:
                 )
             )
     return made
+
+
+def _added_by_compiling(profile: Profile, scheme: Scheme, method: Method) -> float:
+    """What compiling the whole step adds to it (negative: saves); it is the only one of a step's rewritings."""
+    if not getattr(method, "compiles", False):
+        return 0.0
+    passes = float(scheme.trace.op_seconds.sum() - profile.variants[()].op_seconds.sum())
+    return passes + scheme.record.compile_s / scheme.record.num_steps
 
 
 def _freed_by_model_method(best: Solution, method: Method, profile: Profile) -> int:

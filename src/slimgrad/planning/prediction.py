@@ -67,7 +67,7 @@ def _scheme(plan: Plan, profile: Profile, methods: Sequence[Method]) -> Scheme:
             f"the profile was not measured with {names} as the plan has it, so the plan cannot be replayed on it"
         )
     parts = max((getattr(m, "num", 1) for m in methods), default=1)
-    record = model_record(profile, parts, plan.clip_grad_norm)
+    record = model_record(profile, parts, plan.clip_grad_norm, plan.num_steps)
     for method in methods:
         offer = method.offer(Block("", Scope.MODEL, record))
         if isinstance(offer, Refusal):

@@ -28,6 +28,7 @@ from slimgrad.method import Method, Refusal, Rewriting, method_name
 from slimgrad.methods.gradients.micro_batches import has_batch_statistics
 from slimgrad.planning.arguments import check_arguments
 from slimgrad.planning.calls import call_bytes, call_seconds
+from slimgrad.planning.compiled_variants import Asked, compiled_variants
 from slimgrad.planning.compiling import check_steps, compiled_costs
 from slimgrad.planning.real_passes import attached, setting_of, time_passes
 from slimgrad.planning.settings import plain_record
@@ -55,9 +56,10 @@ def measure(
     ``limit_s`` seconds; where the plain step fits into that and into half of the free memory, whole passes are run
     for about as long again, and scale them. ``optimizer=None`` measures a forward and backward pass alone.
 
-    With ``allow_compile`` one block of each set of equal ones is compiled too (10-40 s each) and run beside the
-    plain one, on what one real forward pass gives it; no more are begun after ``compile_limit_s`` seconds. None:
-    where a C++ compiler is found and a run of ``steps`` (None: 1000) is long enough to pay for it.
+    With ``allow_compile`` the whole step is compiled too and run beside the plain one, then one block of each set of
+    equal ones (10-40 s each) on what one real forward pass gives it; no more are begun after ``compile_limit_s``
+    seconds, nor what is expected to take longer. None: where a C++ compiler is found and a run of ``steps`` (None:
+    1000) is long enough to pay for it. A whole step that does not fit into ``limit_bytes`` is not compiled.
 
     Raises ``BatchError``, ``ModelError``, ``LossError`` or ``UnsupportedError`` for input that cannot be
     trained on.
@@ -83,12 +85,17 @@ def measure(
         undo()
     if traces[()] is not plain and traces[()].is_timed:
         plain.op_seconds *= traces[()].op_seconds.sum() / max(seconds[traces[()].op].sum(), 1e-12)
+    asked = Asked(allow_compile, check_steps(steps), compile_limit_s, limit_bytes)
+    whole = compiled_variants(host, batch, traces[()], list(keys), asked)
+    refusals |= whole.refusals
     costs, reason = compiled_costs(
-        host, batch, traces[()], allow_compile, check_steps(steps), compile_limit_s
+        host, batch, traces[()], asked.allow, asked.steps, compile_limit_s - whole.spent_s
     )
     if reason is not None:
         refusals["compiled"] = reason
-    return replace(_profile(host, batch, plain, traces, law, rates, refusals), compiled=costs)
+    traces |= {(setting_of(method),): trace for method, trace in whole.traces.items()}
+    profile = _profile(host, batch, plain, traces, law, rates, refusals)
+    return replace(profile, compiled=costs, compile_s=whole.compile_s)
 
 
 def check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -180,7 +187,7 @@ def _rewritings(host: Host, batch: Any, refusals: dict[str, str]) -> Iterator[tu
     """Every combination of at most one setting of each rewriting method, the empty one apart."""
     combinations: list[tuple[Method, ...]] = [()]
     for name, cls in catalogue.methods().items():
-        if not isinstance(cls, Rewriting):
+        if not isinstance(cls, Rewriting) or getattr(cls, "compiles", False):
             continue
         leanest = max(combinations, key=len)
         with attached(host, leanest):

@@ -31,7 +31,12 @@ def plain_record(law: OptimizerLaw) -> ModelRecord:
     )
 
 
-def model_record(profile: Profile, num_parts: int, clip_grad_norm: float | None) -> ModelRecord:
+def model_record(
+    profile: Profile,
+    num_parts: int,
+    clip_grad_norm: float | None,
+    num_steps: int = DEFAULT_STEPS,
+) -> ModelRecord:
     """The record of a whole step of ``profile``, run in ``num_parts`` micro-batches."""
     return replace(
         plain_record(profile.law),
@@ -46,6 +51,8 @@ def model_record(profile: Profile, num_parts: int, clip_grad_norm: float | None)
         gradient_bytes=profile.trainable_bytes
         if profile.law.state_tensors or profile.law.separable
         else 0,
+        compile_s=profile.compile_s,
+        num_steps=num_steps,
     )
 
 

@@ -33,7 +33,8 @@ from slimgrad.measuring.profile import Profile, profile_from_json, profile_to_js
 from slimgrad.method import Block, CompiledCost, Record, Refusal, Scope
 from slimgrad.methods.activations.compiled import Compiled
 from slimgrad.methods.gradients.update_in_backward import UpdateInBackward
-from slimgrad.planning import compiling
+from slimgrad.planning import compiled_variants, compiling, profiling
+from slimgrad.planning.compiled_variants import Variants
 from slimgrad.planning.menu import Menu
 from slimgrad.planning.plan import Choice
 from slimgrad.planning.solve import Programme
@@ -99,7 +100,11 @@ def measured(block: Any = _Block, **fields: Any) -> tuple[Profile, list[str], in
     loss_fn(model, batch).backward()
     before, graphs = State.of(model, optimizer), counters["stats"]["unique_graphs"]
     marks = left_on(model)
-    profile = slimgrad.measure(model, optimizer, loss_fn, batch, limit_s=0.0, allow_compile=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiling, "compiled_variants", lambda *_: Variants({}, 0.0, {}, 0.0))
+        profile = slimgrad.measure(
+            model, optimizer, loss_fn, batch, limit_s=0.0, allow_compile=True
+        )
     made = counters["stats"]["unique_graphs"] - graphs
     differences = State.of(model, optimizer).differences(before)
     return profile, differences + ["marks"] * (left_on(model) != marks), made
@@ -328,12 +333,14 @@ def test_nothing_is_compiled_unless_it_may_pay(monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("compiled")
 
     monkeypatch.setattr(compiling, "compiled_cost", never)
+    monkeypatch.setattr(compiled_variants, "compiled_step", never)
     model, batch = make()
     for allow, reason in ((None, "steps"), (False, "not allowed")):
         profile = slimgrad.measure(model, None, loss_fn, batch, limit_s=0.0, allow_compile=allow)
         assert reason in profile.refusals["compiled"]
     profile = slimgrad.measure(model, None, loss_fn, batch, limit_s=0.0, allow_compile=True)
     assert "AssertionError" in profile.refusals["compiled"]
+    assert "AssertionError" in profile.refusals["compiled_model"]
 
 
 def test_a_profile_keeps_what_was_measured() -> None:
