@@ -1,7 +1,8 @@
 """What an operation tape does in backward, on the trace: what is made again, when, and for how long.
 
 The same rules as in ``methods/activations/operation_tape.py``, with storages in place of values: when a storage that
-was let go is asked for, the operations that make it run; what they make is held while the schedule says so.
+was let go is asked for, the operations that make it run; what they make is held while the schedule says so. What was
+moved is read back when it is asked for, or when an operation reads it; the next one is already being read.
 """
 
 from __future__ import annotations

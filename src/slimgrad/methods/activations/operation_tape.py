@@ -5,7 +5,8 @@ from one write to the next: views need no note of their own (a tensor is a value
 operation in place makes a new value of the same storage. What autograd saves is replaced by a handle on a value.
 A value that is kept stays where it is; any other is let go, and when backward asks for it, the operations between
 it and what was kept are run again, below autograd, each with the random state of its first run. Nothing else is:
-what backward does not ask for is not computed, and what was computed is let go with its last use.
+what backward does not ask for is not computed, and what was computed is let go with its last use. A value that is
+moved is in the store, and is read back in place of being computed again.
 """
 
 from __future__ import annotations
