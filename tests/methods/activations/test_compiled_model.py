@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 import slimgrad
 from slimgrad.comparing.allocations import allocated_peak, held_bytes
-from slimgrad.errors import UnsupportedError
+from slimgrad.errors import BatchTooLarge, UnsupportedError
 from slimgrad.measuring import compiled_code, compiled_step
 from slimgrad.measuring.profile import Profile, profile_from_json, profile_to_json
 from slimgrad.methods.activations.compiled_model import CompiledModel
@@ -219,6 +219,19 @@ def test_it_is_chosen_where_it_is_faster(profile: Profile) -> None:
     late = priced(profile, 0.9, compile_s=60.0)
     assert "compiled_model" in chosen(late, steps=10_000)
     assert "compiled_model" not in chosen(late, steps=100)
+
+
+def test_a_larger_batch_is_predicted_as_it_runs_plain(profile: Profile) -> None:
+    model, batch = make()
+    optimizer = adamw(model)
+    plan = slimgrad.plan(priced(profile, 0.9), "100%")
+    with slimgrad.apply(plan, model, optimizer, loss_fn, profile=profile) as step:
+        step.admit(batch[:4])
+        with pytest.raises(BatchTooLarge, match="batch norm") as caught:
+            step.admit(torch.cat([batch, batch]))
+    assert caught.value.largest_batch_size is not None
+    assert 0 < caught.value.largest_batch_size <= 8
+    assert caught.value.predicted_bytes > plan.budget_bytes
 
 
 def test_it_goes_with_no_other_rewriting_and_no_block(profile: Profile) -> None:
