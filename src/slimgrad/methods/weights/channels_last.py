@@ -3,8 +3,8 @@
 Formula: a weight W of shape (O, I, H, W) has strides (H W I, 1, W I, I) in place of (I H W, H W, W, 1): the same values at
     other places. A convolution whose weight has that layout gives its output in it, and what follows keeps it.
 Memory: none is freed; temporaries where an operation that does not know the layout copies its input, else the same.
-    Time: another set of kernels, faster on many machines and slower on some: chosen only where real passes
-    showed it. Measured, passes over plain: see the benchmark of the machine at hand.
+    Time: another set of kernels, faster on some machines and slower on others: counted only where real passes
+    of this model on this machine showed it. Attaching copies each weight, its gradient and its state once.
 Exactness: exact up to rounding: kernels for the layout sum in another order.
 Limits: models without a 2-d or 3-d convolution are refused, and those whose weights have the layout already or
     share their memory with other tensors of the model. What else shares memory with a weight (its ``data``, a
