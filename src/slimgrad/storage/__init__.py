@@ -10,7 +10,15 @@ again while transfers on it are still under way.
 from slimgrad.storage.choosing import measure_bandwidth, open_store, store_of
 from slimgrad.storage.files import FileStore
 from slimgrad.storage.pinned import PinnedStore
-from slimgrad.storage.store import MAX_PENDING_BYTES, Slot, Store, Transfer, dense_view
+from slimgrad.storage.store import (
+    MAX_PENDING_BYTES,
+    Slot,
+    Store,
+    Transfer,
+    dense_view,
+    flat_like,
+    same_order,
+)
 
 __all__ = [
     "MAX_PENDING_BYTES",
@@ -20,7 +28,9 @@ __all__ = [
     "Store",
     "Transfer",
     "dense_view",
+    "flat_like",
     "measure_bandwidth",
     "open_store",
+    "same_order",
     "store_of",
 ]

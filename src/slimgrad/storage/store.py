@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -117,3 +118,20 @@ def dense_view(tensor: Tensor) -> Tensor | None:
                 return None
             expected *= size
     return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def same_order(shape: Sequence[int], stride: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether elements of these strides lie in memory in the order of the ``other``."""
+    return all(a == b for n, a, b in zip(shape, stride, other, strict=True) if n != 1)
+
+
+def flat_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """``tensor``'s elements, flat, in the order in which dense ``other`` of its shape has its own in memory.
+
+    A view where that is the tensor's order too, else a copy.
+    """
+    if not same_order(tensor.shape, tensor.stride(), other.stride()):
+        tensor = tensor.detach().new_empty_strided(other.shape, other.stride()).copy_(tensor)
+    flat = dense_view(tensor)
+    assert flat is not None
+    return flat

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 Cut: TypeAlias = tuple[int, int]
-"""``(start, end)`` of a slice of a parameter's elements in flat order."""
+"""``(start, end)`` of a slice of a parameter's elements in the order of memory."""
 
 
 def cuts_of(num_elements: int, size: int) -> list[Cut]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from slimgrad.errors import StorageError
-from slimgrad.storage import Slot, Store, dense_view
+from slimgrad.storage import Slot, Store, dense_view, flat_like
 from slimgrad.streaming.slices import Cut
 
 
@@ -81,8 +81,10 @@ class StoredState:
             value = state[key]
             if not _can_move(value, parameter) or (of_its_shape and value.shape != parameter.shape):
                 continue
-            stride = tuple(value.stride())
-            flat = None if of_its_shape else dense_view(value)
+            # what was loaded has strides of its own, and fused kernels take elements in the order of memory
+            follows = value.shape == parameter.shape and dense_view(parameter) is not None
+            stride = tuple((parameter if follows else value).stride())
+            flat = flat_like(value, parameter) if follows else dense_view(value)
             if flat is None:
                 flat = value.detach().contiguous()
                 stride = tuple(flat.stride())
@@ -128,7 +130,7 @@ class StoredState:
     def slices(self, parameter: Tensor, cuts: list[Cut]) -> Iterator[tuple[str, int, Tensor]]:
         """The stored tensors of the parameter's shape, slice by slice: ``(key, start, values)``.
 
-        ``values`` is flat and is written over by the next slice.
+        ``values`` is flat, in the order of the parameter's memory, and is written over by the next slice.
         """
         length = max(end - start for start, end in cuts)
         for key, place in self.places(parameter).items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slimgrad.optimizers import group_of, is_sliceable, step_parameter, step_part
-from slimgrad.storage import Store, Transfer
+from slimgrad.storage import Store, Transfer, dense_view, flat_like, same_order
 from slimgrad.streaming.ahead import ReadAhead, Ready
 from slimgrad.streaming.slices import Cut, cuts_of
 from slimgrad.streaming.state import StoredState
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from slimgrad.host import Host
 
 GradientSlice: TypeAlias = Callable[[int, int], Tensor]
-"""``gradient(start, end)``: those elements of a parameter's gradient, flat."""
+"""``gradient(start, end)``: those elements of a parameter's gradient, flat, in the order of the parameter's memory."""
 
 _SMALLEST = 4  # elements of a slice
 
@@ -66,12 +66,20 @@ class StreamedUpdate:
 
     def cuts(self, parameter: Tensor) -> list[Cut] | None:
         """The slices in which ``parameter`` is updated, or None if it is updated whole."""
-        if parameter.numel() < 2 or not parameter.is_contiguous():
+        if parameter.numel() < 2 or not self._has_order(parameter):
             return None
         kind = (self._group_index(parameter), parameter.dtype)
         if kind not in self._sliceable:
             self._sliceable[kind] = is_sliceable(self._optimizer, *kind)
         return self._cut(parameter) if self._sliceable[kind] else None
+
+    def _has_order(self, parameter: Tensor) -> bool:
+        """Whether the parameter has no holes in memory, and its stored state is in the order in which it lies there."""
+        if dense_view(parameter) is None:
+            return False
+        shape, stride = parameter.shape, parameter.stride()
+        places = self.state.places(parameter).values()
+        return all(p.shape != shape or same_order(shape, p.stride, stride) for p in places)
 
     def _group_index(self, parameter: Tensor) -> int:
         groups = self._optimizer.param_groups
@@ -113,7 +121,7 @@ class StreamedUpdate:
         if gradient.layout != torch.strided or self.cuts(parameter) is None:
             self._update_whole(parameter)
             return
-        flat = gradient.detach().reshape(-1)
+        flat = flat_like(gradient.detach(), parameter)
         self.update_slices(parameter, lambda start, end: flat[start:end])
 
     def _update_whole(self, parameter: Tensor) -> None:
@@ -143,7 +151,7 @@ class StreamedUpdate:
             self.take_in(parameter)  # state that came into memory by another way than an update
         is_stored = bool(self.state.places(parameter))
         small = self.state.small(parameter)
-        flat = parameter.detach().view(-1)
+        flat = flat_like(parameter, parameter)
         keys, left = list(small), small
         for cut in self.cuts(parameter) or []:
             ready = self.ahead.take(parameter, cut) if is_stored else None
@@ -183,12 +191,12 @@ class StreamedUpdate:
     def state_slices(self, parameter: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """The parameter's stored state, ``(key, first element, flat values)`` slice by slice.
 
-        ``values`` is written over by the next slice. Step counts and the like are in ``optimizer.state``. A
-        parameter that is updated whole comes as one slice of each tensor.
+        ``values`` is written over by the next slice. Step counts and the like are in ``optimizer.state``. Of a
+        parameter that is updated whole, or is not contiguous, each tensor comes as one slice.
         """
         self.ahead.drain()
         cuts = self.cuts(parameter)
-        if cuts is not None:
+        if cuts is not None and parameter.is_contiguous():
             yield from self.state.slices(parameter, cuts)
             return
         for key in self.state.places(parameter):

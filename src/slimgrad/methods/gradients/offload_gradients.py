@@ -24,7 +24,7 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from slimgrad.host import Host
 from slimgrad.method import Block, Offer, Paper, Refusal, Scope, Undo, Update
-from slimgrad.storage import Slot, Store, Transfer, dense_view, store_of
+from slimgrad.storage import Slot, Store, Transfer, dense_view, same_order, store_of
 from slimgrad.streaming import Cut, StreamedUpdate
 from slimgrad.types import Column, Exactness
 
@@ -161,7 +161,9 @@ class _Gradients:
     ) -> None:
         stored = self._written.get(parameter)
         cuts = streamed.cuts(parameter) if streamed is not None and stored is not None else None
-        in_order = stored is not None and stored.stride == tuple(parameter.stride())
+        in_order = stored is not None and same_order(
+            parameter.shape, stored.stride, parameter.stride()
+        )
         if streamed is not None and cuts is not None and in_order:
             read = self._reader(parameter, cuts, coefficient)
             streamed.update_slices(parameter, read)

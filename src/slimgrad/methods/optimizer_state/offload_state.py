@@ -7,7 +7,7 @@ Memory: optimizer_state: nothing but step counts. temporaries: num_buffers x sli
     parameter (AdamW: 2). Time: the state is read once and written once a step, less what overlaps.
 Exactness: bitwise. The user's own optimizer computes each slice; where slices cut anywhere do not give the bits of
     the whole update (shown by value for each param group and dtype), a parameter is updated whole.
-Limits: the optimizer must be separable (LBFGS is not). Parameters that are not contiguous, and optimizers that are
+Limits: the optimizer must be separable (LBFGS is not). Parameters with holes in memory, and optimizers that are
     not elementwise (Adafactor), are updated whole: their state passes through memory one parameter at a time. The
     first step makes the state slice by slice and does not read ahead. optimizer.step(closure) is refused.
     optimizer.state no longer shows the tensors; optimizer.state_dict() gives all of it, and so needs memory for it.

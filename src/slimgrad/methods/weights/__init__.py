@@ -1,0 +1,1 @@
+"""Methods about the weights themselves: how they lie in memory."""
