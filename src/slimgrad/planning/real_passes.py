@@ -41,17 +41,27 @@ def method_of(setting: Setting) -> Method:
 
 
 class attached:  # noqa: N801
-    """The methods attached to the whole model within the body."""
+    """The methods attached to the whole model within the body, in which no weight and no state gets another value.
+
+    Afterwards every tensor is the one from before: undoing a method may give back a copy.
+    """
 
     def __init__(self, host: Host, methods: Iterable[Method]) -> None:
         self.host, self.methods = host, list(methods)
 
     def __enter__(self) -> None:
+        optimizer = self.host.optimizer
+        self.tensors = [(p, p.data, p.grad) for p in self.host.model.parameters()]
+        self.state = [(s, dict(s)) for s in optimizer.state.values()] if optimizer else []
         self.undos = [m.attach(Block("", Scope.MODEL, host=self.host)) for m in self.methods]
 
     def __exit__(self, *exc: Any) -> None:
         for undo in reversed(self.undos):
             undo()
+        for parameter, data, gradient in self.tensors:
+            parameter.data, parameter.grad = data, gradient
+        for state, values in self.state:
+            state.update(values)
 
 
 def time_passes(

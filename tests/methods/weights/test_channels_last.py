@@ -263,6 +263,18 @@ def test_predicted_peak_is_the_measured_one(on_blocks, on_model):
     assert 0.97 * measured <= made.peak_bytes <= above * measured + 2**16
 
 
+def test_measuring_leaves_every_tensor_where_it_is():
+    model = network().float()
+    optimizer = torch.optim.AdamW(model.parameters())
+    own_step(model, optimizer, images(torch.float32))
+    before = [p.data_ptr() for p in model.parameters()]
+    state = [t for s in optimizer.state.values() for t in s.values()]
+    measure(model, optimizer, cross_entropy, images(torch.float32), limit_s=0.0)
+    assert [p.data_ptr() for p in model.parameters()] == before
+    now = [t for s in optimizer.state.values() for t in s.values()]
+    assert all(a is b for a, b in zip(now, state, strict=True))
+
+
 @pytest.mark.parametrize(("factor", "is_chosen"), [(1.1, False), (1.0, False), (0.9, True)])
 def test_it_is_chosen_where_real_passes_were_faster(factor, is_chosen):
     variants = {}
