@@ -158,6 +158,8 @@ class Record:
     graph: OperationGraph | None = None  # None: its calls differ from one another
     kept: tuple[int, ...] = ()  # storages that stay, by number, where operations are run again
     schedule: tuple[int, ...] = ()  # and, over several blocks in a row, what is held meanwhile
+    are_repeatable: bool = False  # whether blocks in a row can be run again as modules,
+    by_modules: bool = False  # and whether they are
     held_anyway: tuple[int, ...] = ()  # storages that the rest of the step keeps alive, by number
     compiled: CompiledCost | None = None  # None: not measured
     is_compiled: bool = False

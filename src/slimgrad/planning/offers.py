@@ -202,7 +202,7 @@ def _replayed(layout: Layout, block: BlockLayout, record: Record) -> Record:
     """The record with the seconds of what is really run again, over all of the block's calls."""
     if record.restore is not Restore.OPERATIONS:
         return record
-    again = [layout.replayed(g, record.kept, record.schedule) for g in block.groups]
+    again = [layout.replayed(g, record) for g in block.groups]
     store_s = record.store_s * len(block.groups)
     return replace(record, restore_s=sum(a.seconds for a in again), store_s=store_s)
 

@@ -27,7 +27,7 @@ def tape_changes(layout: Layout, where: str | tuple[str, ...], record: Record) -
 
 def _call_changes(layout: Layout, changes: Changes, calls: tuple[int, ...], record: Record) -> None:
     trace, call = layout.trace, layout.operations(calls)
-    again, kept = layout.replayed(calls, record.kept, record.schedule), set(record.kept)
+    again, kept = layout.replayed(calls, record), set(record.kept)
     storages, gone_at = np.array(call.storages, dtype=int), np.array(call.gone_at, dtype=int)
     is_dropped = np.array(call.graph.is_saved, dtype=bool)
     is_dropped[[number for number in kept if number < len(is_dropped)]] = False
@@ -59,7 +59,7 @@ def held_by_tape(layout: Layout, where: str | tuple[str, ...], record: Record) -
     block = layout.block(where)
     for calls in block.groups:
         if layout.backward_from(calls) is not None and block.saved[calls[0]]:
-            again = layout.replayed(calls, record.kept, record.schedule)
+            again = layout.replayed(calls, record)
             for storage, tick in again.held.items():
                 found[storage] = max(found.get(storage, 0), layout.gone_slot(tick))
     return found

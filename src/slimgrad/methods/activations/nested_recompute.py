@@ -24,6 +24,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from torch import nn
+
 from slimgrad.errors import MethodError
 from slimgrad.method import (
     Block,
@@ -37,11 +39,16 @@ from slimgrad.method import (
     Undo,
 )
 from slimgrad.methods.activations.operation_tape import Tape
+from slimgrad.methods.activations.repeated_modules import STAGE_S, RepeatedModules
 from slimgrad.methods.activations.saved import returned_tensors
 from slimgrad.methods.activations.schedules import Chain, best_schedules, holdings
 from slimgrad.methods.activations.values import NOTE_S, RUN_S
 from slimgrad.methods.activations.wrapping import wrap_forward
 from slimgrad.types import Column, Exactness, format_bytes
+
+_MOST_NOTING = (
+    0.02  # of a forward pass: where noting its operations takes more, modules are run again
+)
 
 
 def chain_of(graph: OperationGraph, keep: Sequence[int]) -> Chain:
@@ -79,6 +86,7 @@ class NestedRecompute:
     blocks: tuple[str, ...] = ()
     schedule: tuple[int, ...] = ()
     keep: tuple[int, ...] = ()
+    by_modules: bool = False
 
     column: ClassVar[Column] = Column.ACTIVATIONS
     exactness: ClassVar[Exactness] = Exactness.BITWISE
@@ -103,7 +111,9 @@ class NestedRecompute:
         if record.graph is None:
             return [cls(block.paths)]
         found = best_schedules(chain_of(record.graph, record.held_anyway))
-        return [cls(block.paths, schedule, record.held_anyway) for schedule in found]
+        noting_s = len(record.graph.operations) * NOTE_S
+        by_modules = record.are_repeatable and noting_s > _MOST_NOTING * record.forward_s
+        return [cls(block.paths, schedule, record.held_anyway, by_modules) for schedule in found]
 
     def offer(self, block: Block) -> Offer | Refusal:
         """Nothing held but the input; the rest made again, segment by segment."""
@@ -118,10 +128,13 @@ class NestedRecompute:
             record,
             held_bytes=0,
             restore=Restore.OPERATIONS,
-            store_s=len(record.graph.operations) * NOTE_S,
+            store_s=len(block.paths) * STAGE_S
+            if self.by_modules
+            else len(record.graph.operations) * NOTE_S,
             holds_inputs=True,
             kept=self.keep,
             schedule=self.schedule,
+            by_modules=self.by_modules,
         )
         nested = ", in nested parts" if any(self.schedule) else ""
         freed = f"{format_bytes(record.saved_bytes)} of {len(block.paths)} blocks in a row"
@@ -140,7 +153,14 @@ class NestedRecompute:
                     state.tape = Tape(frozenset(self.keep), device, found)
                 return state.run(stage, forward, args, kwargs)
 
-            return run
+            def run_module(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+                if stage == 0:
+                    found = holdings(self.schedule, len(paths))
+                    state.modules = RepeatedModules(found, device)
+                module = model.get_submodule(paths[stage])
+                return state.run_module(stage, module, forward, args, kwargs)
+
+            return run_module if self.by_modules else run
 
         return Undo.all(
             [
@@ -156,6 +176,21 @@ class _Segment:
     def __init__(self, num_stages: int) -> None:
         self.num_stages = num_stages
         self.tape: Tape | None = None
+        self.modules: RepeatedModules | None = None
+
+    def run_module(
+        self, stage: int, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """One block, to be run again as it is, where the blocks before it are; else plainly."""
+        modules, self.modules = self.modules, None
+        if modules is None or len(modules.stages) != stage:
+            return forward(*args, **kwargs)
+        result = modules.run(module, forward, args, kwargs)
+        if stage == self.num_stages - 1:
+            modules.end()
+        else:
+            self.modules = modules
+        return result
 
     def run(self, stage: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One block: under the tape where the blocks before it were, else plainly."""
