@@ -10,7 +10,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,11 +36,6 @@ class Stages:
     outputs: tuple[tuple[int, ...], ...]
     gone_after: tuple[int, ...]
     first: int
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """The same for equal blocks elsewhere in the step."""
-        return self.asked, self.inputs, self.outputs, self.gone_after
 
 
 def stages_of(
@@ -118,7 +113,7 @@ def _writing(trace: Trace, call: int) -> list[int]:
 
 def repeated(stages: Stages, operations: CallOperations, schedule: tuple[int, ...]) -> Replayed:
     """The backward pass of blocks that are run again as modules. Equal blocks share one replay."""
-    modules = _repeated(operations.graph, stages.key, schedule)
+    modules = _repeated(operations.graph, replace(stages, first=0), schedule)
     first = stages.first
     held = {s: modules.last + first for outside in operations.outside for s in outside}
     return Replayed(
@@ -130,10 +125,8 @@ def repeated(stages: Stages, operations: CallOperations, schedule: tuple[int, ..
 
 
 @functools.lru_cache(maxsize=4096)
-def _repeated(
-    graph: OperationGraph, key: tuple[object, ...], schedule: tuple[int, ...]
-) -> _Modules:
-    return _Modules(graph, Stages(*key, 0), schedule)  # pyright: ignore[reportArgumentType]
+def _repeated(graph: OperationGraph, stages: Stages, schedule: tuple[int, ...]) -> _Modules:
+    return _Modules(graph, stages, schedule)
 
 
 @dataclass

@@ -250,6 +250,82 @@ def test_a_schedule_with_a_negative_number_is_refused():
         NestedRecompute(("a", "b"), (-1,))
 
 
+# -- modules that are run again ----------------------------------------------------------------------------
+
+
+class Counted(Stack):
+    """One block draws or branches on something outside torch's random state."""
+
+    def __init__(self, inner):
+        super().__init__(4)
+        plain = self.body[2].forward
+        self.body[2].forward = lambda x_ND: inner(self, plain, x_ND)
+
+
+def test_a_block_that_takes_another_path_on_its_second_run_raises():
+    def inner(model, plain, x_ND):
+        model.num = getattr(model, "num", 0) + 1
+        return plain(x_ND) if model.num == 1 else plain(x_ND).tanh()
+
+    model = Counted(inner)
+    attach(model, [f"body.{i}" for i in range(4)], by_modules=True)
+    with pytest.raises(RuntimeError, match="another path"):
+        step(model, mean_square, torch.randn(8, 32))
+
+
+@pytest.mark.parametrize("schedule", [(), (2, 0, 0, 1, 0, 0), (1, 1, 1)])
+def test_python_s_and_numpy_s_random_numbers_are_drawn_again(schedule):
+    def inner(model, plain, x_ND):
+        return plain(x_ND) * random.random() * float(np.random.rand()) + x_ND.tanh()
+
+    def seeded(model, batch):
+        random.seed(5)
+        np.random.seed(5)
+        found = step(model, mean_square, batch)
+        return [*found, torch.tensor([random.random(), np.random.rand()])]
+
+    torch.manual_seed(0)
+    model, batch = Counted(inner), torch.randn(8, 32)
+    plain = seeded(model, batch)
+    attach(model, [f"body.{i}" for i in range(4)], schedule, by_modules=True)
+    assert all(torch.equal(a, b) for a, b in zip(seeded(model, batch), plain, strict=True))
+
+
+def test_hooks_inside_that_only_look_are_called_once():
+    calls, model = [], Stack(4)
+    model.body[1].linear.register_forward_hook(lambda *_: calls.append(1))
+    model.body[1].register_forward_hook(lambda *_: calls.append(2))
+    attach(model, [f"body.{i}" for i in range(4)], (2,), by_modules=True)
+    step(model, mean_square, torch.randn(8, 32))
+    assert calls == [1, 2]
+
+
+@pytest.mark.parametrize("schedule", [(), (2, 0, 0, 1, 0, 0)])
+def test_modules_are_run_again_under_the_autocast_of_their_first_run(schedule):
+    torch.manual_seed(0)
+    model, batch = Stack(4, dropout=0.2).float(), torch.randn(8, 32, dtype=torch.float32)
+
+    def loss_fn(model, x_ND):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x_ND)
+        return out.float().square().mean()
+
+    plain = step(model, loss_fn, batch)
+    attach(model, [f"body.{i}" for i in range(4)], schedule, by_modules=True)
+    assert all(torch.equal(a, b) for a, b in zip(step(model, loss_fn, batch), plain, strict=True))
+
+
+@pytest.mark.parametrize("changed", ["input", "parameter"])
+def test_what_a_second_run_needs_must_not_be_modified_before_it(changed):
+    model, batch = Stack(4), torch.randn(8, 32)
+    attach(model, [f"body.{i}" for i in range(4)], by_modules=True)
+    loss = mean_square(model, batch)
+    with torch.no_grad():
+        (batch if changed == "input" else model.body[1].linear.bias).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        loss.backward()
+
+
 # -- bytes ------------------------------------------------------------------------------------------------
 
 

@@ -12,10 +12,14 @@ Exactness: bitwise: the same operations on the same values; operations that draw
 Limits: blocks that are called one right after the other, each with the output of the one before. What is done to a
     tensor between two blocks is not run again: its result stays. What operations on tensor subclasses, and kernels that
     are no PyTorch operations, made stays in memory. Each operation of the forward pass costs some microseconds more.
+    Where that would be more than 2 % of it, blocks are run again as modules, and nothing is noted of their operations:
+    only where they write into nothing they were given, nothing is done between them, and nothing else needs what they
+    make. A block that takes another path then, or one whose arguments or parameters were modified, raises in backward;
+    forward hooks inside it run again where they return a value.
 References: Chen et al., Training Deep Nets with Sublinear Memory Cost, algorithm 1 and section 4.4 (recursion);
     Beaumont et al., Optimal Checkpointing for Heterogeneous Chains (arXiv 1911.13214), theorem 1, for the schedule
-    within a segment. *departs:* where segments begin is chosen by the planner; operations, not modules, are run
-    again, below autograd, and only those that what backward asks for depends on.
+    within a segment. *departs:* where segments begin is chosen by the planner; where single operations take
+    long they, not modules, are run again, below autograd, and only those that what backward asks for depends on.
 """
 
 from __future__ import annotations
@@ -76,7 +80,8 @@ def chain_of(graph: OperationGraph, keep: Sequence[int]) -> Chain:
 
 @dataclass(frozen=True)
 class NestedRecompute:
-    """``blocks``: the paths of the segment, in order; ``schedule``: as in ``schedules``; ``keep``: storages that stay.
+    """``blocks``: the paths of the segment, in order; ``schedule``: as in ``schedules``; ``keep``: storages that stay;
+    ``by_modules``: whether modules are run again, not operations.
 
     An empty ``schedule`` holds everything of the segment once backward has reached it. ``keep`` are the numbers of
     storages, in the order in which the segment's forward makes them, that other parts of the step keep alive anyway.

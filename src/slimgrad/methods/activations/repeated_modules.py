@@ -61,6 +61,7 @@ class _Stage:
     forward: Callable[..., Any]
     leaves: list[Any]
     nest: TreeSpec | None  # None: the leaves are the positional arguments
+    parameters: list[Kept]
     random: list[bytes]
     autocast: list[tuple[str, torch.dtype, bool, bool]]
     second_run: SecondRun | None
@@ -143,6 +144,7 @@ class RepeatedModules:
             forward,
             [_noted(leaf, links) for leaf in leaves],
             nest,
+            [Kept.of(parameter) for parameter in module.parameters()],
             random,
             [
                 (
@@ -199,6 +201,8 @@ class RepeatedModules:
     def _run_again(self, index: int, before: Sequence[Tensor], *, hold: bool) -> list[Tensor]:
         """What a stage returns; what it saves is held, or let go."""
         stage = self.stages[index]
+        for parameter in stage.parameters:
+            parameter.checked()
         args, kwargs = stage.arguments(before)
         found: list[Tensor | None] = []
         num = 0
@@ -286,6 +290,6 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     """The generators that PyTorch's operations draw from."""
     found = [torch.default_generator]
     if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = torch.empty(0, device=device).device.index
         found.append(torch.cuda.default_generators[index])
     return found
