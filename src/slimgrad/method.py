@@ -159,6 +159,8 @@ class Record:
     kept: tuple[int, ...] = ()  # storages that stay, by number, where operations are run again
     moved: tuple[int, ...] = ()  # and those that are copied out of memory and back
     schedule: tuple[int, ...] = ()  # and, over several blocks in a row, what is held meanwhile
+    are_repeatable: bool = False  # whether blocks in a row can be run again as modules,
+    by_modules: bool = False  # and whether they are
     held_anyway: tuple[int, ...] = ()  # storages that the rest of the step keeps alive, by number
     compiled: CompiledCost | None = None  # None: not measured
     is_compiled: bool = False

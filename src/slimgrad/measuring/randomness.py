@@ -30,6 +30,12 @@ class OutsideTorch:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
 
+    def same_as(self, other: OutsideTorch) -> bool:
+        """Whether two states would draw the same numbers."""
+        return self.python == other.python and all(
+            np.array_equal(a, b) for a, b in zip(self.numpy, other.numpy, strict=True)
+        )
+
 
 @dataclass
 class RandomState:
@@ -59,11 +65,7 @@ class RandomState:
             torch.equal(self.cpu, other.cpu)
             and len(self.cuda) == len(other.cuda)
             and all(torch.equal(a, b) for a, b in zip(self.cuda, other.cuda, strict=True))
-            and self.outside.python == other.outside.python
-            and all(
-                np.array_equal(a, b)
-                for a, b in zip(self.outside.numpy, other.outside.numpy, strict=True)
-            )
+            and self.outside.same_as(other.outside)
         )
 
 

@@ -208,7 +208,7 @@ def _replayed(layout: Layout, block: BlockLayout, record: Record) -> Record:
     """The record with the seconds of what is really run again or read back, over all of the block's calls."""
     if record.restore is not Restore.OPERATIONS:
         return record
-    again = [layout.replayed(g, record.kept, record.schedule, record.moved) for g in block.groups]
+    again = [layout.replayed(g, record) for g in block.groups]
     read_s = sum(a.read_bytes for a in again) / record.read_bytes_s
     read_s += sum(a.num_reads for a in again) * HAND_OVER_S
     store_s = record.store_s * len(block.groups)

@@ -37,12 +37,16 @@ class Reads:
         self.first_backward: dict[int, int] = {}
         self.last_forward: dict[int, int] = {}
         self.callers: dict[int, set[int]] = {}
+        self.by_call: dict[int, dict[int, tuple[int, int]]] = {}  # and in backward first and last
         self.op_seconds: list[float] = trace.op_seconds.tolist() or [0.0] * trace.num_ticks
         for index, storages in enumerate(trace.reads):
             for storage in storages:
                 if trace.op_backward[index]:
                     self.first_backward.setdefault(storage, index + 1)
-                    self.callers.setdefault(storage, set()).add(int(trace.op_call[index]))
+                    call = int(trace.op_call[index])
+                    self.callers.setdefault(storage, set()).add(call)
+                    spans = self.by_call.setdefault(call, {})
+                    spans[storage] = spans.get(storage, (index + 1, 0))[0], index + 1
                 else:
                     self.last_forward[storage] = index + 1
 

@@ -90,6 +90,7 @@ def block_record(
         write_bytes_s=profile.write_bytes_s,
         graph=layout.graph(block.where),
         held_anyway=layout.held_anyway(block.where),
+        are_repeatable=layout.are_repeatable(block.where),
         compiled=cost if cost is not None and is_measured(layout, block.path, cost) else None,
         num_steps=num_steps,
         gradients_stay=gradients_stay(model),

@@ -21,6 +21,7 @@ from slimgrad.method import ModelRecord, OperationGraph, Record, Restore
 from slimgrad.planning.calls import BlockLayout, Changes
 from slimgrad.planning.compiled_calls import compiled_changes, compiled_held
 from slimgrad.planning.model_changes import model_changes
+from slimgrad.planning.module_replay import Stages, repeated, stages_of
 from slimgrad.planning.operations import (
     CallOperations,
     Reads,
@@ -51,6 +52,7 @@ class Layout:
         self._operations: dict[tuple[int, ...], CallOperations] = {}
         self._graphs: dict[str | tuple[str, ...], OperationGraph | None] = {}
         self._replays: dict[tuple[tuple[int, ...], ...], Replayed] = {}
+        self._stages: dict[tuple[int, ...], Stages | None] = {}
 
     def _place(self) -> None:
         trace, num = self.trace, self.trace.num_ticks
@@ -158,19 +160,32 @@ class Layout:
             return ()
         return tuple(sorted({n for g in block.groups for n in self.operations(g).held_anyway}))
 
-    def replayed(
-        self,
-        calls: tuple[int, ...],
-        keep: tuple[int, ...],
-        schedule: tuple[int, ...] = (),
-        move: tuple[int, ...] = (),
-    ) -> Replayed:
-        """What calls in a row that keep some storages, and move others, make again or read back in backward."""
-        if (calls, keep, schedule, move) not in self._replays:
-            self._replays[calls, keep, schedule, move] = replayed(
-                self.trace, self.operations(calls), keep, schedule, move
+    def stages(self, calls: tuple[int, ...]) -> Stages | None:
+        """Calls in a row as modules that can be run again as they are; None where they cannot."""
+        if calls not in self._stages:
+            operations = self.operations(calls)
+            self._stages[calls] = stages_of(self.trace, calls, operations, self._reads)
+        return self._stages[calls]
+
+    def are_repeatable(self, where: str | tuple[str, ...]) -> bool:
+        """Whether blocks in a row can be run again as modules."""
+        block = self.block(where)
+        if len(block.paths) == 1 or not self.trace.reads:
+            return False
+        return all(self.stages(group) is not None for group in block.groups)
+
+    def replayed(self, calls: tuple[int, ...], record: Record) -> Replayed:
+        """What calls in a row make again or read back in backward, run as ``record`` says."""
+        stages = self.stages(calls) if record.by_modules else None
+        key = calls, record.kept, record.schedule, record.moved, (int(stages is not None),)
+        if key not in self._replays:
+            operations = self.operations(calls)
+            self._replays[key] = (
+                repeated(stages, operations, record.schedule)
+                if stages is not None
+                else replayed(self.trace, operations, record.kept, record.schedule, record.moved)
             )
-        return self._replays[calls, keep, schedule, move]
+        return self._replays[key]
 
     # -- the step as it was traced -----------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from slimgrad.planning.calls import Changes
 from slimgrad.types import Column
 
 if TYPE_CHECKING:
-    from slimgrad.planning.replay import Replayed
     from slimgrad.planning.simulate import Layout
 
 _TEMPORARIES = list(Column).index(Column.TEMPORARIES)
@@ -28,7 +27,7 @@ def tape_changes(layout: Layout, where: str | tuple[str, ...], record: Record) -
 
 def _call_changes(layout: Layout, changes: Changes, calls: tuple[int, ...], record: Record) -> None:
     trace, call = layout.trace, layout.operations(calls)
-    again, kept = _replayed(layout, calls, record), set(record.kept)
+    again, kept = layout.replayed(calls, record), set(record.kept)
     storages, gone_at = np.array(call.storages, dtype=int), np.array(call.gone_at, dtype=int)
     is_dropped = np.array(call.graph.is_saved, dtype=bool)
     is_dropped[[number for number in kept if number < len(is_dropped)]] = False
@@ -57,17 +56,13 @@ def _call_changes(layout: Layout, changes: Changes, calls: tuple[int, ...], reco
         layout.pending_writes(changes, calls[-1], nbytes[moved].tolist())
 
 
-def _replayed(layout: Layout, calls: tuple[int, ...], record: Record) -> Replayed:
-    return layout.replayed(calls, record.kept, record.schedule, record.moved)
-
-
 def held_by_tape(layout: Layout, where: str | tuple[str, ...], record: Record) -> dict[int, int]:
     """Storages that operations to be run again read from outside: storage -> the slot until which they stay."""
     found: dict[int, int] = {}
     block = layout.block(where)
     for calls in block.groups:
         if layout.backward_from(calls) is not None and block.saved[calls[0]]:
-            again = _replayed(layout, calls, record)
+            again = layout.replayed(calls, record)
             for storage, tick in again.held.items():
                 found[storage] = max(found.get(storage, 0), layout.gone_slot(tick))
     return found

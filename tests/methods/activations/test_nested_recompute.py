@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from slimgrad import Ledger, measure
 from slimgrad.applying.step import apply
 from slimgrad.errors import MethodError
 from slimgrad.host import Host
+from slimgrad.measuring.model_cache import switch_off_cache
 from slimgrad.measuring.profile import Profile
 from slimgrad.method import Block, Scope, hyperparameters, method_name
 from slimgrad.methods.activations.nested_recompute import NestedRecompute
@@ -69,9 +71,12 @@ def step(model, loss_fn, batch):
     return [loss.detach(), torch.get_rng_state(), *gradients.values(), *buffers.values()]
 
 
-def attach(model, paths, schedule=(), keep=()):
+def attach(model, paths, schedule=(), keep=(), by_modules=False):
     block = Block(paths[0], Scope.RUN, host=Host(model, None, mean_square))
-    return NestedRecompute(tuple(paths), tuple(schedule), tuple(keep)).attach(block)
+    return NestedRecompute(tuple(paths), tuple(schedule), tuple(keep), by_modules).attach(block)
+
+
+BOTH = pytest.mark.parametrize("by_modules", [False, True], ids=["operations", "modules"])
 
 
 def random_schedule(rng, num):
@@ -130,28 +135,31 @@ WITH_CHAINS = [n for n in SAMPLES if chains_of(n)]
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", WITH_CHAINS)
-def test_every_sample_trains_to_the_same_bits_under_any_schedule(name, seed):
+@BOTH
+def test_every_sample_trains_to_the_same_bits_under_any_schedule(name, seed, by_modules):
     rng = random.Random(f"{name} {seed}")
     profile = profile_of(name)
     layout = layout_of(profile, profile.variants[()])
     model, loss_fn, batch = SAMPLES[name].make()
     plain = step(model, loss_fn, batch)
     model, loss_fn, batch = SAMPLES[name].make()
+    switch_off_cache(model)  # as apply does: a second run would add to it
     for chain in chains_of(name):
         length = rng.randint(2, len(chain))
-        keep = layout.held_anyway(chain[:length])
-        attach(model, chain[:length], random_schedule(rng, length), keep)
+        keep = () if by_modules else layout.held_anyway(chain[:length])
+        attach(model, chain[:length], random_schedule(rng, length), keep, by_modules)
     ours = step(model, loss_fn, batch)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
-def test_dropout_is_drawn_again_in_nested_segments():
+@BOTH
+def test_dropout_is_drawn_again_in_nested_segments(by_modules):
     rng, paths = random.Random(0), [f"body.{i}" for i in range(9)]
     torch.manual_seed(0)
     model, batch = Stack(9, dropout=0.3), torch.randn(16, 32)
     plain = step(model, mean_square, batch)
     for _ in range(12):
-        undo = attach(model, paths, random_schedule(rng, 9))
+        undo = attach(model, paths, random_schedule(rng, 9), (), by_modules)
         ours = step(model, mean_square, batch)
         undo()
         assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
@@ -183,16 +191,18 @@ class Interrupted(Stack):
     ids=["times two", "in place", "a copy in place", "skips", "transposed"],
 )
 @pytest.mark.parametrize("schedule", [(), (2, 0, 0, 1, 0, 0), (1, 1, 1)])
-def test_what_is_done_between_blocks_does_not_matter(between, schedule):
+@BOTH
+def test_what_is_done_between_blocks_does_not_matter(between, schedule, by_modules):
     torch.manual_seed(0)
     model, batch = Interrupted(between), torch.randn(16, 32)
     plain = step(model, mean_square, batch)
-    attach(model, [f"body.{i}" for i in range(4)], schedule)
+    attach(model, [f"body.{i}" for i in range(4)], schedule, (), by_modules)
     ours = step(model, mean_square, batch)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
-def test_a_pass_that_leaves_the_chain_early_or_fails_trains_as_plainly():
+@BOTH
+def test_a_pass_that_leaves_the_chain_early_or_fails_trains_as_plainly(by_modules):
     class Moody(Stack):
         stop = 99
 
@@ -209,7 +219,7 @@ def test_a_pass_that_leaves_the_chain_early_or_fails_trains_as_plainly():
     model, batch = Moody(5), torch.randn(8, 32)
     model.stop = 3
     plain = step(model, mean_square, batch)
-    attach(model, [f"body.{i}" for i in range(5)], (2,))
+    attach(model, [f"body.{i}" for i in range(5)], (2,), (), by_modules)
     model.stop = -2
     with pytest.raises(KeyError):
         step(model, mean_square, batch)
@@ -219,11 +229,12 @@ def test_a_pass_that_leaves_the_chain_early_or_fails_trains_as_plainly():
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
-def test_a_backward_pass_may_be_run_twice_and_undo_leaves_nothing():
+@BOTH
+def test_a_backward_pass_may_be_run_twice_and_undo_leaves_nothing(by_modules):
     torch.manual_seed(0)
     model, batch = Stack(6), torch.randn(8, 32)
     plain = step(model, mean_square, batch)[2:]
-    undo = attach(model, [f"body.{i}" for i in range(6)], (3, 1, 0, 1))
+    undo = attach(model, [f"body.{i}" for i in range(6)], (3, 1, 0, 1), (), by_modules)
     model.zero_grad()
     loss = mean_square(model, batch)
     loss.backward(retain_graph=True)
@@ -239,7 +250,90 @@ def test_a_schedule_with_a_negative_number_is_refused():
         NestedRecompute(("a", "b"), (-1,))
 
 
+# -- modules that are run again ----------------------------------------------------------------------------
+
+
+class Counted(Stack):
+    """One block draws or branches on something outside torch's random state."""
+
+    def __init__(self, inner):
+        super().__init__(4)
+        plain = self.body[2].forward
+        self.body[2].forward = lambda x_ND: inner(self, plain, x_ND)
+
+
+def test_a_block_that_takes_another_path_on_its_second_run_raises():
+    def inner(model, plain, x_ND):
+        model.num = getattr(model, "num", 0) + 1
+        return plain(x_ND) if model.num == 1 else plain(x_ND).tanh()
+
+    model = Counted(inner)
+    attach(model, [f"body.{i}" for i in range(4)], by_modules=True)
+    with pytest.raises(RuntimeError, match="another path"):
+        step(model, mean_square, torch.randn(8, 32))
+
+
+@pytest.mark.parametrize("schedule", [(), (2, 0, 0, 1, 0, 0), (1, 1, 1)])
+def test_python_s_and_numpy_s_random_numbers_are_drawn_again(schedule):
+    def inner(model, plain, x_ND):
+        return plain(x_ND) * random.random() * float(np.random.rand()) + x_ND.tanh()
+
+    def seeded(model, batch):
+        random.seed(5)
+        np.random.seed(5)
+        found = step(model, mean_square, batch)
+        return [*found, torch.tensor([random.random(), np.random.rand()])]
+
+    torch.manual_seed(0)
+    model, batch = Counted(inner), torch.randn(8, 32)
+    plain = seeded(model, batch)
+    attach(model, [f"body.{i}" for i in range(4)], schedule, by_modules=True)
+    assert all(torch.equal(a, b) for a, b in zip(seeded(model, batch), plain, strict=True))
+
+
+def test_hooks_inside_that_only_look_are_called_once():
+    calls, model = [], Stack(4)
+    model.body[1].linear.register_forward_hook(lambda *_: calls.append(1))
+    model.body[1].register_forward_hook(lambda *_: calls.append(2))
+    attach(model, [f"body.{i}" for i in range(4)], (2,), by_modules=True)
+    step(model, mean_square, torch.randn(8, 32))
+    assert calls == [1, 2]
+
+
+@pytest.mark.parametrize("schedule", [(), (2, 0, 0, 1, 0, 0)])
+def test_modules_are_run_again_under_the_autocast_of_their_first_run(schedule):
+    torch.manual_seed(0)
+    model, batch = Stack(4, dropout=0.2).float(), torch.randn(8, 32, dtype=torch.float32)
+
+    def loss_fn(model, x_ND):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x_ND)
+        return out.float().square().mean()
+
+    plain = step(model, loss_fn, batch)
+    attach(model, [f"body.{i}" for i in range(4)], schedule, by_modules=True)
+    assert all(torch.equal(a, b) for a, b in zip(step(model, loss_fn, batch), plain, strict=True))
+
+
+@pytest.mark.parametrize("changed", ["input", "parameter"])
+def test_what_a_second_run_needs_must_not_be_modified_before_it(changed):
+    model, batch = Stack(4), torch.randn(8, 32)
+    attach(model, [f"body.{i}" for i in range(4)], by_modules=True)
+    loss = mean_square(model, batch)
+    with torch.no_grad():
+        (batch if changed == "input" else model.body[1].linear.bias).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        loss.backward()
+
+
 # -- bytes ------------------------------------------------------------------------------------------------
+
+
+def run_again(option, *, by_modules):
+    """The option with operations, or modules, run again."""
+    (method,) = option.methods
+    record = replace(option.record, by_modules=by_modules)
+    return replace(option, methods=(replace(method, by_modules=by_modules),), record=record)
 
 
 @pytest.mark.parametrize("name", WITH_CHAINS)
@@ -250,6 +344,7 @@ def test_the_replay_predicts_every_segment_and_schedule(name):
     found = [o for o in options(profile, scheme, layout, Allowed()) if o.paths]
     if len(found) > 12:
         found = random.Random(name).sample(found, 12)
+    found += [run_again(o, by_modules=False) for o in found if o.record.by_modules]
     for option in found:
         predicted = int(Programme(scheme, Menu(layout, [option])).replay(np.ones(1))[0].max())
         model, loss_fn, batch = SAMPLES[name].make()
@@ -304,20 +399,22 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("num", [16, 64])
-def test_one_level_of_segments_runs_no_block_more_than_once_again(num):
+@BOTH
+def test_one_level_of_segments_runs_no_block_more_than_once_again(num, by_modules):
     model, batch = Stack(num), torch.randn(4, 32)
     for start in range(0, num, 4):
-        attach(model, [f"body.{i}" for i in range(start, start + 4)])
+        attach(model, [f"body.{i}" for i in range(start, start + 4)], (), (), by_modules)
     with Products() as products:
         mean_square(model, batch).backward()
     assert products.num == 2 * num
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_schedule_runs_each_block_as_often_as_it_says(seed):
+@BOTH
+def test_a_schedule_runs_each_block_as_often_as_it_says(seed, by_modules):
     schedule = random_schedule(random.Random(seed), 8)
     model, batch = Stack(8), torch.randn(4, 32)
-    attach(model, [f"body.{i}" for i in range(8)], schedule)
+    attach(model, [f"body.{i}" for i in range(8)], schedule, (), by_modules)
     with Products() as products:
         mean_square(model, batch).backward()
     assert products.num == 8 + sum(forward_passes(schedule, 8))

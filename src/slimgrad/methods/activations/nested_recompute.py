@@ -12,10 +12,14 @@ Exactness: bitwise: the same operations on the same values; operations that draw
 Limits: blocks that are called one right after the other, each with the output of the one before. What is done to a
     tensor between two blocks is not run again: its result stays. What operations on tensor subclasses, and kernels that
     are no PyTorch operations, made stays in memory. Each operation of the forward pass costs some microseconds more.
+    Where that would be more than 2 % of it, blocks are run again as modules, and nothing is noted of their operations:
+    only where they write into nothing they were given, nothing is done between them, and nothing else needs what they
+    make. A block that takes another path then, or one whose arguments or parameters were modified, raises in backward;
+    forward hooks inside it run again where they return a value.
 References: Chen et al., Training Deep Nets with Sublinear Memory Cost, algorithm 1 and section 4.4 (recursion);
     Beaumont et al., Optimal Checkpointing for Heterogeneous Chains (arXiv 1911.13214), theorem 1, for the schedule
-    within a segment. *departs:* where segments begin is chosen by the planner; operations, not modules, are run
-    again, below autograd, and only those that what backward asks for depends on.
+    within a segment. *departs:* where segments begin is chosen by the planner; where single operations take
+    long they, not modules, are run again, below autograd, and only those that what backward asks for depends on.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+
+from torch import nn
 
 from slimgrad.errors import MethodError
 from slimgrad.method import (
@@ -37,11 +43,16 @@ from slimgrad.method import (
     Undo,
 )
 from slimgrad.methods.activations.operation_tape import Tape
+from slimgrad.methods.activations.repeated_modules import STAGE_S, RepeatedModules
 from slimgrad.methods.activations.saved import returned_tensors
 from slimgrad.methods.activations.schedules import Chain, best_schedules, holdings
 from slimgrad.methods.activations.values import NOTE_S, RUN_S
 from slimgrad.methods.activations.wrapping import wrap_forward
 from slimgrad.types import Column, Exactness, format_bytes
+
+_MOST_NOTING = (
+    0.02  # of a forward pass: where noting its operations takes more, modules are run again
+)
 
 
 def chain_of(graph: OperationGraph, keep: Sequence[int]) -> Chain:
@@ -69,7 +80,8 @@ def chain_of(graph: OperationGraph, keep: Sequence[int]) -> Chain:
 
 @dataclass(frozen=True)
 class NestedRecompute:
-    """``blocks``: the paths of the segment, in order; ``schedule``: as in ``schedules``; ``keep``: storages that stay.
+    """``blocks``: the paths of the segment, in order; ``schedule``: as in ``schedules``; ``keep``: storages that stay;
+    ``by_modules``: whether modules are run again, not operations.
 
     An empty ``schedule`` holds everything of the segment once backward has reached it. ``keep`` are the numbers of
     storages, in the order in which the segment's forward makes them, that other parts of the step keep alive anyway.
@@ -79,6 +91,7 @@ class NestedRecompute:
     blocks: tuple[str, ...] = ()
     schedule: tuple[int, ...] = ()
     keep: tuple[int, ...] = ()
+    by_modules: bool = False
 
     column: ClassVar[Column] = Column.ACTIVATIONS
     exactness: ClassVar[Exactness] = Exactness.BITWISE
@@ -103,7 +116,9 @@ class NestedRecompute:
         if record.graph is None:
             return [cls(block.paths)]
         found = best_schedules(chain_of(record.graph, record.held_anyway))
-        return [cls(block.paths, schedule, record.held_anyway) for schedule in found]
+        noting_s = len(record.graph.operations) * NOTE_S
+        by_modules = record.are_repeatable and noting_s > _MOST_NOTING * record.forward_s
+        return [cls(block.paths, schedule, record.held_anyway, by_modules) for schedule in found]
 
     def offer(self, block: Block) -> Offer | Refusal:
         """Nothing held but the input; the rest made again, segment by segment."""
@@ -118,10 +133,13 @@ class NestedRecompute:
             record,
             held_bytes=0,
             restore=Restore.OPERATIONS,
-            store_s=len(record.graph.operations) * NOTE_S,
+            store_s=len(block.paths) * STAGE_S
+            if self.by_modules
+            else len(record.graph.operations) * NOTE_S,
             holds_inputs=True,
             kept=self.keep,
             schedule=self.schedule,
+            by_modules=self.by_modules,
         )
         nested = ", in nested parts" if any(self.schedule) else ""
         freed = f"{format_bytes(record.saved_bytes)} of {len(block.paths)} blocks in a row"
@@ -140,7 +158,14 @@ class NestedRecompute:
                     state.tape = Tape(frozenset(self.keep), device, found)
                 return state.run(stage, forward, args, kwargs)
 
-            return run
+            def run_module(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+                if stage == 0:
+                    found = holdings(self.schedule, len(paths))
+                    state.modules = RepeatedModules(found, device)
+                module = model.get_submodule(paths[stage])
+                return state.run_module(stage, module, forward, args, kwargs)
+
+            return run_module if self.by_modules else run
 
         return Undo.all(
             [
@@ -156,6 +181,21 @@ class _Segment:
     def __init__(self, num_stages: int) -> None:
         self.num_stages = num_stages
         self.tape: Tape | None = None
+        self.modules: RepeatedModules | None = None
+
+    def run_module(
+        self, stage: int, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """One block, to be run again as it is, where the blocks before it are; else plainly."""
+        modules, self.modules = self.modules, None
+        if modules is None or len(modules.stages) != stage:
+            return forward(*args, **kwargs)
+        result = modules.run(module, forward, args, kwargs)
+        if stage == self.num_stages - 1:
+            modules.end()
+        else:
+            self.modules = modules
+        return result
 
     def run(self, stage: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One block: under the tape where the blocks before it were, else plainly."""

@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from slimgrad.measuring.randomness import OutsideTorch
 from slimgrad.method import Block, Offer, Paper, Record, Refusal, Restore, Scope, Undo
+from slimgrad.methods.activations.second_run import SecondRun
 from slimgrad.types import Column, Exactness, format_bytes
 
 
@@ -84,98 +85,23 @@ class Recompute:
         return Undo(lambda: module.__dict__.pop("forward", None))
 
 
-class _Replay:
-    """What the second run must see again: buffers, Python's and NumPy's random state; and whom it must not call."""
+class _Replay(SecondRun):
+    """A second run by ``torch.utils.checkpoint``: Python's and NumPy's random states too are those of the first."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        super().__init__(module)
         self.random = OutsideTorch.now()
-        self.changed: list[tuple[nn.Module, str, Tensor]] = []
-        self.silent: set[int] = set()
-
-    @contextmanager
-    def first_run(self, changing: set[str] | None) -> Generator[None]:
-        """Note the buffers that the forward pass changes (all are watched until that is known).
-
-        Values are compared once: batch norm's kernel writes its statistics without raising their version.
-        """
-        before = [
-            (owner, name, buffer, buffer._version, buffer.detach().clone())
-            for owner in self.module.modules()
-            for name, buffer in owner._buffers.items()
-            if buffer is not None and (changing is None or f"{id(owner)}.{name}" in changing)
-        ]
-        yield
-        for owner, name, buffer, version, value in before:
-            written = owner._buffers.get(name) is not buffer or buffer._version != version
-            if changing is not None or written or not torch.equal(buffer, value):
-                self.changed.append((owner, name, value))
 
     def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """What ``torch.utils.checkpoint`` enters in the first and in the second run."""
-        return self._observing(), self._second_run()
-
-    def _observing(self) -> AbstractContextManager[Any]:
-        return (
-            _hooks_replaced(self.module, self._watched)
-            if _has_hooks(self.module)
-            else nullcontext()
-        )
+        """What it enters in the first and in the second run."""
+        return self.observing(), self._second_run()
 
     @contextmanager
     def _second_run(self) -> Generator[None]:
         random = OutsideTorch.now()
-        now = [(owner, name, owner._buffers[name]) for owner, name, _ in self.changed]
-        for owner, name, value in self.changed:
-            owner._buffers[name] = value.clone()
-        quiet = _hooks_replaced(self.module, self._silenced) if self.silent else nullcontext()
         try:
-            with quiet:
+            with self.again():
                 self.random.restore()
                 yield
         finally:
-            for owner, name, buffer in now:
-                owner._buffers[name] = buffer
             random.restore()
-
-    def _watched(self, hook: Any) -> Any:
-        @functools.wraps(hook)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            out = hook(*args, **kwargs)
-            if out is None:
-                self.silent.add(id(hook))
-            return out
-
-        return watched
-
-    def _silenced(self, hook: Any) -> Any:
-        return (lambda *_args, **_kwargs: None) if id(hook) in self.silent else hook
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module
-    )
-
-
-@contextmanager
-def _hooks_replaced(module: nn.Module, by: Any) -> Generator[None]:
-    """Every forward hook of the modules inside ``module`` replaced by ``by(hook)``."""
-    tables = [
-        table
-        for inner in module.modules()
-        if inner is not module
-        for table in (inner._forward_hooks, inner._forward_pre_hooks)
-        if table
-    ]
-    kept = [dict(table) for table in tables]
-    try:
-        for table in tables:
-            for key, hook in list(table.items()):
-                table[key] = by(hook)
-        yield
-    finally:
-        for table, hooks in zip(tables, kept, strict=True):
-            for key, hook in hooks.items():
-                if key in table:
-                    table[key] = hook
