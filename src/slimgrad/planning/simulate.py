@@ -41,6 +41,8 @@ class Layout:
 
     def __init__(self, trace: Trace, law: OptimizerLaw, state_bytes: int) -> None:
         self.trace, self.law, self.state_bytes = trace, law, state_bytes
+        self._by_birth = np.argsort(trace.birth, kind="stable")
+        self._births = trace.birth[self._by_birth]
         self._place()
         self.blocks = self._blocks()
         self._reads = Reads(trace)
@@ -106,9 +108,16 @@ class Layout:
         tick = self.backward_tick.get(index)
         if tick is None:
             return ()
-        inside = (trace.birth > call.forward_from) & (trace.birth <= call.forward_to)
-        needed = inside & (trace.death > tick) & (trace.column == _POSITION[Column.ACTIVATIONS])
-        return tuple(int(i) for i in np.flatnonzero(needed) if i not in set(call.outputs))
+        inside = self.born(call.forward_from, call.forward_to)
+        is_activation = trace.column[inside] == _POSITION[Column.ACTIVATIONS]
+        needed = inside[(trace.death[inside] > tick) & is_activation]
+        outputs = set(call.outputs)
+        return tuple(i for i in needed.tolist() if i not in outputs)
+
+    def born(self, after: int, to: int) -> np.ndarray:
+        """Storages born in ticks ``after + 1`` to ``to``, by their number."""
+        first, stop = np.searchsorted(self._births, (after, to), side="right")
+        return np.sort(self._by_birth[first:stop])
 
     def block(self, where: str | tuple[str, ...]) -> BlockLayout:
         """The block of a path, or the blocks in a row of several."""
@@ -265,8 +274,8 @@ class Layout:
             return
         last = max(int(trace.birth[s]) for s in saved)  # where recomputation stops
         start = self.window[index] - call.forward_from
-        inside = (trace.birth > call.forward_from) & (trace.birth <= last)
-        for storage in np.flatnonzero(inside & (trace.death <= call.forward_to + 1)):
+        inside = self.born(call.forward_from, last)
+        for storage in inside[trace.death[inside] <= call.forward_to + 1]:
             birth, death = int(trace.birth[storage]), min(int(trace.death[storage]), last + 1)
             changes.span(
                 start + birth,
