@@ -83,7 +83,8 @@ class Workbench:
         """The solution with the lowest peak of all schemes; best first, as above."""
         best: Solution | None = None
         programmes = dict[int, Programme]()
-        waiting = [(self.peak_bound(scheme), order) for order, scheme in enumerate(found)]
+        bounds = [self.peak_bound(scheme) * (1 - GAP) for scheme in found]  # as relaxed ones are
+        waiting = [(bound, order) for order, bound in enumerate(bounds)]
         heapq.heapify(waiting)
         while waiting:
             least, order = heapq.heappop(waiting)
