@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,7 @@ class _Recorder:
     def __init__(self, tracker_for: Any, block_paths: Sequence[str], model: nn.Module) -> None:
         self.keys: dict[OpKey, int] = tracker_for
         self.calls: list[Call] = []
+        self.around: list[int] = []  # for each call, the one that it is made in; -1: none
         self.open: list[int] = []
         self.op: list[int] = []
         self.op_call: list[int] = []
@@ -102,6 +104,8 @@ class _Recorder:
         self._caching: list[bool] = []  # for each open call: was it made under a caching autocast?
         self._handles: list[Any] = []
         self._last = -1
+        self._first_nodes: list[int] = []
+        self._call_of: dict[int, int] = {}  # autograd node, by its number -> its call
         for path in block_paths:
             module = model.get_submodule(path)
             self._handles.append(
@@ -127,7 +131,10 @@ class _Recorder:
             seen = {storage for storage in met if storage is not None}
             nodes = (_get_sequence_nr(), 0)
             call = Call(path, self.tracker.tick, -1, tuple(sorted(seen)), (), nodes)
+            self.around.append(self.open[-1] if self.open else -1)
             self.open.append(len(self.calls))
+            self._first_nodes.append(nodes[0])
+            self._call_of.clear()
             self.calls.append(call)
             self._caching.append(_autocast_caches(self.tracker.device.type))
 
@@ -141,6 +148,7 @@ class _Recorder:
         self._caching.pop()
         call.forward_to = self.tracker.tick
         call.nodes = (call.nodes[0], _get_sequence_nr())
+        self._call_of.clear()
         inside = isinstance(out, (Tensor, tuple, list, dict))
         leaves = plain_tensors(out if inside else getattr(out, "__dict__", out))
         met = (self.tracker.see(tensor) for tensor in leaves)
@@ -183,10 +191,16 @@ class _Recorder:
         number = node._sequence_nr() if node is not None else -1
         if number < 0 or number >= 2**62:  # AccumulateGrad has no place of its own
             return self._last
-        for index in range(len(self.calls) - 1, -1, -1):
-            if self.calls[index].nodes[0] <= number < self.calls[index].nodes[1]:
-                return index
-        return -1
+        if number not in self._call_of:
+            self._call_of[number] = self._found_call(number)
+        return self._call_of[number]
+
+    def _found_call(self, number: int) -> int:
+        """The last call that made a node: nodes are numbered as they are made, and so are calls."""
+        index = bisect.bisect_right(self._first_nodes, number) - 1
+        while index >= 0 and number >= self.calls[index].nodes[1]:
+            index = self.around[index]
+        return index
 
     def cached(self, tracker: Tracker) -> dict[int, int]:
         """Autocast's copies of weights, and when its cache lets go: at the end of that forward pass."""

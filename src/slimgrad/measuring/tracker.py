@@ -14,6 +14,7 @@ What a storage was is decided at the end, when all is known:
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -39,13 +40,31 @@ current_task: Callable[[], int] = torch._C._current_graph_task_id
 """The running backward pass, or -1: what tells forward from backward on any thread."""
 
 
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # they wrap nothing
+_ATOMS = (*_PLAIN, int, float, bool, str, type(None), torch.dtype, torch.device)
+
+
+def _leaves(tree: Any) -> Iterable[Any]:
+    """The leaves of a tree; of an operation's flat arguments without a walk."""
+    kind = type(tree)
+    if kind in _ATOMS:
+        return (tree,)
+    if kind is tuple or kind is list:
+        if all(type(member) in _ATOMS for member in tree):
+            return tree
+        return [leaf for member in tree for leaf in _leaves(member)]
+    return tree_leaves(tree) if kind is not dict or tree else ()
+
+
 def plain_tensors(tree: Any) -> list[Tensor]:
     """Every tensor in a nest of containers, wrapper subclasses replaced by what they wrap."""
     found: list[Tensor] = []
-    for leaf in tree_leaves(tree):
+    for leaf in _leaves(tree):
         if not isinstance(leaf, Tensor):
             continue
-        if is_traceable_wrapper_subclass(leaf):
+        if type(leaf) in _PLAIN:
+            found.append(leaf)
+        elif is_traceable_wrapper_subclass(leaf):
             names, _ = leaf.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
             found += plain_tensors([getattr(leaf, name) for name in names])
         else:
@@ -55,10 +74,12 @@ def plain_tensors(tree: Any) -> list[Tensor]:
 
 def _is_only_promised(tensor: Tensor) -> bool:
     """Whether a tensor's values are computed when asked for (deferred logits): asking for its storage would."""
-    own = any(
-        "__torch_dispatch__" in vars(cls) for cls in type(tensor).__mro__ if cls is not Tensor
-    )
-    return own and not isinstance(tensor, FakeTensor)
+    return not isinstance(tensor, FakeTensor) and _dispatches(type(tensor))
+
+
+@functools.cache
+def _dispatches(kind: type[Tensor]) -> bool:
+    return any("__torch_dispatch__" in vars(cls) for cls in kind.__mro__ if cls is not Tensor)
 
 
 class Tracker(TorchDispatchMode):
@@ -250,6 +271,8 @@ class Tracker(TorchDispatchMode):
     ) -> Any:
         """Run ``func`` and note the storages it shows."""
         kwargs = kwargs or {}
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].device  # what the modes below would answer, after a long way
         if func.namespace == "prim":  # a question about a fake tensor, no operation
             return func(*args, **kwargs)
         self._follow()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,10 +70,27 @@ class BlockLayout:
         return tuple(call for group in self.groups for call in group)
 
 
+def ticks_by_call(trace: Trace, *, backward: bool) -> list[np.ndarray]:
+    """The ticks of each call's operations, forward or backward."""
+    ticks = np.flatnonzero(trace.op_backward == backward)
+    ticks = ticks[np.argsort(trace.op_call[ticks], kind="stable")]
+    ends = np.searchsorted(trace.op_call[ticks], np.arange(len(trace.calls) + 1))
+    return [ticks[a:b] for a, b in itertools.pairwise(ends)]
+
+
 def call_seconds(trace: Trace, calls: tuple[int, ...], *, backward: bool) -> float:
     """Seconds of the operations of these calls, forward or backward."""
     mine = np.isin(trace.op_call, calls) & (trace.op_backward == backward)
     return float(trace.op_seconds[mine].sum()) if trace.op_seconds.size else 0.0
+
+
+def takers(calls: Sequence[Call]) -> dict[int, list[int]]:
+    """The calls that each storage crosses into."""
+    found: dict[int, list[int]] = {}
+    for index, call in enumerate(calls):
+        for storage in call.inputs:
+            found.setdefault(storage, []).append(index)
+    return found
 
 
 def call_bytes(trace: Trace, storages: tuple[int, ...]) -> int:

@@ -93,11 +93,12 @@ def call_operations(
 
 def made_inside(trace: Trace, calls: Sequence[int]) -> list[int]:
     """Storages made in the forward passes of ``calls``, in their order."""
-    inside = np.zeros(len(trace.birth), dtype=bool)
-    for index in calls:
-        call = trace.calls[index]
-        inside |= (trace.birth > call.forward_from) & (trace.birth <= call.forward_to)
-    found = np.flatnonzero(inside)
+    starts = np.array([trace.calls[index].forward_from for index in calls])
+    stops = np.array([trace.calls[index].forward_to for index in calls])
+    found = np.flatnonzero((trace.birth > starts.min()) & (trace.birth <= stops.max()))
+    order = np.argsort(starts, kind="stable")
+    latest = order[np.searchsorted(starts[order], trace.birth[found]) - 1]  # begun before it
+    found = found[trace.birth[found] <= stops[latest]]
     return found[np.argsort(trace.birth[found], kind="stable")].tolist()
 
 

@@ -27,7 +27,7 @@ from slimgrad.measuring.tracker import device_of
 from slimgrad.method import Method, Refusal, Rewriting, method_name
 from slimgrad.methods.gradients.micro_batches import has_batch_statistics
 from slimgrad.planning.arguments import check_arguments
-from slimgrad.planning.calls import call_bytes, call_seconds
+from slimgrad.planning.calls import call_bytes
 from slimgrad.planning.compiled_variants import Asked, compiled_variants
 from slimgrad.planning.compiling import check_steps, compiled_costs
 from slimgrad.planning.real_passes import attached, setting_of, time_passes
@@ -268,8 +268,8 @@ def module_costs(model: nn.Module, layout: Layout) -> list[ModuleCost]:
                 type(module).__name__,
                 sum(p.numel() * p.element_size() for p in module.parameters()),
                 sum(call_bytes(trace, s) for s in block.saved.values()),
-                call_seconds(trace, block.calls, backward=False),
-                call_seconds(trace, block.calls, backward=True),
+                layout.seconds(block.calls, backward=False),
+                layout.seconds(block.calls, backward=True),
             )
         )
     activations = trace.timeline().columns[Column.ACTIVATIONS]

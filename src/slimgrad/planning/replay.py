@@ -105,6 +105,9 @@ class _Tape:
             for storage in graph.operations[index][2]:
                 self.stage[storage] = graph.stage_of(index)
         self.last_stage |= self.stage
+        self.asked_of: dict[int, list[int]] = {}  # stage -> what backward asks for of it
+        for storage in self.death:
+            self.asked_of.setdefault(self.stage[storage], []).append(storage)
         for index in self.needed:
             for storage in graph.operations[index][1]:
                 stage = graph.stage_of(index)
@@ -184,7 +187,9 @@ class _Tape:
         asked = [s for s in self.memo if s in self.death and s not in self.pending]
         for storage in [s for s in self.memo if s not in asked and not self._is_wanted(s)]:
             self._let_go(storage, tick)
-        wanted = [s for s in self.pending if self.stage[s] in holding.stages]
+        wanted = [
+            s for place in holding.stages for s in self.asked_of.get(place, ()) if s in self.pending
+        ]
         for index in self.graph.recipe(wanted, self.sources):
             if self.graph.stage_of(index) in holding.stages:
                 self._becomes_due(index)

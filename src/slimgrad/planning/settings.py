@@ -10,7 +10,7 @@ from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.profile import Profile
 from slimgrad.measuring.trace import Trace
 from slimgrad.method import ModelRecord, Record, Update
-from slimgrad.planning.calls import BlockLayout, border_bytes, call_bytes, call_seconds
+from slimgrad.planning.calls import BlockLayout, border_bytes, call_bytes
 from slimgrad.planning.compiled_calls import is_measured
 from slimgrad.planning.compiling import DEFAULT_STEPS
 from slimgrad.planning.simulate import Layout
@@ -82,8 +82,8 @@ def block_record(
         held_bytes=saved,
         input_bytes=sum(b[0] for b in borders),
         output_bytes=sum(b[1] for b in borders),
-        forward_s=call_seconds(trace, block.calls, backward=False),
-        backward_s=call_seconds(trace, block.calls, backward=True),
+        forward_s=layout.seconds(block.calls, backward=False),
+        backward_s=layout.seconds(block.calls, backward=True),
         saved_sizes=tuple(int(trace.nbytes[i]) for s in block.saved.values() for i in s),
         has_batch_statistics=profile.has_batch_statistics,
         read_bytes_s=profile.read_bytes_s,

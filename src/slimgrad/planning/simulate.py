@@ -9,6 +9,7 @@ border tensor alive: that is taken once.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
@@ -18,7 +19,7 @@ from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.trace import Trace
 from slimgrad.method import ModelRecord, OperationGraph, Record, Restore
-from slimgrad.planning.calls import BlockLayout, Changes
+from slimgrad.planning.calls import BlockLayout, Changes, takers, ticks_by_call
 from slimgrad.planning.compiled_calls import compiled_changes, compiled_held
 from slimgrad.planning.model_changes import model_changes
 from slimgrad.planning.module_replay import Stages, repeated, stages_of
@@ -45,6 +46,8 @@ class Layout:
     ) -> None:
         self.trace, self.law, self.state_bytes = trace, law, state_bytes
         self.writes_behind = writes_behind  # a block is over before what it moves is written
+        self._by_birth = np.argsort(trace.birth, kind="stable")
+        self._births = trace.birth[self._by_birth]
         self._place()
         self.blocks = self._blocks()
         self._reads = Reads(trace)
@@ -111,9 +114,16 @@ class Layout:
         tick = self.backward_tick.get(index)
         if tick is None:
             return ()
-        inside = (trace.birth > call.forward_from) & (trace.birth <= call.forward_to)
-        needed = inside & (trace.death > tick) & (trace.column == _POSITION[Column.ACTIVATIONS])
-        return tuple(int(i) for i in np.flatnonzero(needed) if i not in set(call.outputs))
+        inside = self.born(call.forward_from, call.forward_to)
+        is_activation = trace.column[inside] == _POSITION[Column.ACTIVATIONS]
+        needed = inside[(trace.death[inside] > tick) & is_activation]
+        outputs = set(call.outputs)
+        return tuple(i for i in needed.tolist() if i not in outputs)
+
+    def born(self, after: int, to: int) -> np.ndarray:
+        """Storages born in ticks ``after + 1`` to ``to``, by their number."""
+        first, stop = np.searchsorted(self._births, (after, to), side="right")
+        return np.sort(self._by_birth[first:stop])
 
     def block(self, where: str | tuple[str, ...]) -> BlockLayout:
         """The block of a path, or the blocks in a row of several."""
@@ -130,6 +140,17 @@ class Layout:
     def _saved_by_run(self, calls: tuple[int, ...]) -> tuple[int, ...]:
         tick = self.backward_from(calls)
         return () if tick is None else saved_inside(self.trace, calls, tick, self._reads)
+
+    def seconds(self, calls: tuple[int, ...], *, backward: bool) -> float:
+        """Seconds of the operations of these calls, forward or backward."""
+        if not calls or not self.trace.op_seconds.size:
+            return 0.0
+        ticks = np.sort(np.concatenate([self._ticks[backward][call] for call in calls]))
+        return float(self.trace.op_seconds[ticks].sum())
+
+    @cached_property
+    def _ticks(self) -> list[list[np.ndarray]]:
+        return [ticks_by_call(self.trace, backward=b) for b in (False, True)]
 
     def backward_from(self, calls: tuple[int, ...]) -> int | None:
         """The tick at which the backward pass of calls in a row begins; None if it never does."""
@@ -254,28 +275,40 @@ class Layout:
         """What a block's forward leaves to be written is live until it is, during the next block's at most."""
         pending = min(sum(sizes) * share, max([MAX_PENDING_BYTES, *sizes]))
         start = int(self.drop[self.trace.calls[index].forward_to + 1])
-        ends = [
-            c.forward_to
-            for c in self.trace.calls
-            if c.forward_to > self.trace.calls[index].forward_to
-        ]
-        stop = self.drop[min(ends, default=self.trace.backward_from) + 1]
+        ends = self._forward_ends
+        after = bisect.bisect_right(ends, self.trace.calls[index].forward_to)
+        end = ends[after] if after < len(ends) else self.trace.backward_from
+        stop = self.drop[end + 1]
         changes.span(start, int(stop), pending, _POSITION[Column.ACTIVATIONS])
 
     def _restored_at(self, index: int, restore: Restore, offloaded: Collection[int] | None) -> int:
         here = self.window[index]
         if restore is not Restore.COPY:
             return here
-        others = self.window if offloaded is None else offloaded
-        return max((w for i in others if (w := self.window[i]) < here), default=here)
+        if offloaded is None:
+            before = bisect.bisect_left(self._windows, here)
+            return self._windows[before - 1] if before else here
+        return max((w for i in offloaded if (w := self.window[i]) < here), default=here)
+
+    @cached_property
+    def _windows(self) -> list[int]:
+        return sorted(self.window.values())
+
+    @cached_property
+    def _forward_ends(self) -> list[int]:
+        return sorted(call.forward_to for call in self.trace.calls)
+
+    @cached_property
+    def _takers(self) -> dict[int, list[int]]:
+        return takers(self.trace.calls)
 
     def _replayed_outputs(self, changes: Changes, index: int) -> None:
         """Outputs that only the block's own backward still needs are gone until they are made again."""
         trace, call, start = self.trace, self.trace.calls[index], self.window[index]
         first, last = self.backward_tick[index], self.backward_last[index]
         for storage in call.outputs:
-            takers = [i for i, c in enumerate(trace.calls) if storage in c.inputs]
-            free = all(self.backward_last.get(i, 0) < first for i in takers)
+            others = self._takers.get(storage, ())
+            free = all(self.backward_last.get(i, 0) < first for i in others)
             if free and first < trace.death[storage] <= last + 1:
                 again = start + int(trace.birth[storage]) - call.forward_from
                 nbytes, column = int(trace.nbytes[storage]), int(trace.column[storage])
@@ -287,8 +320,8 @@ class Layout:
             return
         last = max(int(trace.birth[s]) for s in saved)  # where recomputation stops
         start = self.window[index] - call.forward_from
-        inside = (trace.birth > call.forward_from) & (trace.birth <= last)
-        for storage in np.flatnonzero(inside & (trace.death <= call.forward_to + 1)):
+        inside = self.born(call.forward_from, last)
+        for storage in inside[trace.death[inside] <= call.forward_to + 1]:
             birth, death = int(trace.birth[storage]), min(int(trace.death[storage]), last + 1)
             changes.span(
                 start + birth,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from slimgrad.measuring.profile import Profile
+from slimgrad.planning.bounds import least_live
 from slimgrad.planning.menu import Menu
 from slimgrad.planning.offers import Allowed, Scheme, options
 from slimgrad.planning.settings import gradients_stay, layout_of
@@ -22,6 +23,7 @@ class Workbench:
         self.profile, self.allowed = profile, allowed
         self._layouts: dict[int, Layout] = {}
         self._menus: dict[tuple[int, float, bool], Menu] = {}
+        self._least_live: dict[int, np.ndarray] = {}
         self._saved_s = 0.0  # what options that are faster than plain blocks take off a scheme
 
     def programme(self, scheme: Scheme) -> Programme:
@@ -30,12 +32,27 @@ class Workbench:
         leaving = bool(self.profile.compiled) and not gradients_stay(scheme.record)
         key = (id(scheme.trace), scheme.repeats, leaving)
         if key not in self._menus:
-            layout = self._layouts.setdefault(key[0], layout_of(self.profile, scheme.trace))
+            layout = self._layout(scheme)
             offered = options(self.profile, scheme, layout, self.allowed)
             self._menus[key] = Menu(layout, offered)
         menu = self._menus[key]
         self._saved_s = max(self._saved_s, menu.most_saved_s)
         return Programme(scheme, menu)
+
+    def _layout(self, scheme: Scheme) -> Layout:
+        key = id(scheme.trace)
+        if key not in self._layouts:
+            self._layouts[key] = layout_of(self.profile, scheme.trace)
+        return self._layouts[key]
+
+    def peak_bound(self, scheme: Scheme) -> float:
+        """No choice for blocks has a lower peak; found without asking what is offered."""
+        key, layout = id(scheme.trace), self._layout(scheme)
+        if key not in self._least_live:
+            compiles = self.allowed.compile and bool(self.profile.compiled)
+            self._least_live[key] = least_live(layout, may_compile=compiles)
+        fixed = layout.live(layout.model_changes(scheme.record))
+        return float((self._least_live[key] + fixed).max())
 
     def fastest(self, found: list[Scheme], limit: int) -> Solution | None:
         """The fastest solution of all schemes that fits; best first, so that few are solved in whole choices."""
@@ -49,6 +66,8 @@ class Workbench:
                 bound_s = min(bound_s, least_s - unknown_s)
                 continue
             if order not in programmes:
+                if self.peak_bound(found[order]) > limit:
+                    continue
                 programmes[order] = self.programme(found[order])
                 bound = programmes[order].relaxed_seconds(limit)
                 if bound is not None:
@@ -63,11 +82,18 @@ class Workbench:
     def leanest(self, found: list[Scheme]) -> Solution:
         """The solution with the lowest peak of all schemes; best first, as above."""
         best: Solution | None = None
-        programmes = [self.programme(scheme) for scheme in found]
-        bounds = [programme.relaxed_peak() for programme in programmes]
-        for order in np.argsort(bounds, kind="stable"):
-            if best is not None and bounds[order] >= best.peak_bytes:
+        programmes = dict[int, Programme]()
+        bounds = [self.peak_bound(scheme) * (1 - GAP) for scheme in found]  # as relaxed ones are
+        waiting = [(bound, order) for order, bound in enumerate(bounds)]
+        heapq.heapify(waiting)
+        while waiting:
+            least, order = heapq.heappop(waiting)
+            if best is not None and least >= best.peak_bytes:
                 break
+            if order not in programmes:
+                programmes[order] = self.programme(found[order])
+                heapq.heappush(waiting, (programmes[order].relaxed_peak(), order))
+                continue
             solution = programmes[order].least_peak()
             if best is None or solution.peak_bytes < best.peak_bytes:
                 best = solution
