@@ -9,8 +9,7 @@ border tensor alive: that is taken once.
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -31,8 +30,8 @@ from slimgrad.planning.operations import (
     saved_inside,
 )
 from slimgrad.planning.replay import Replayed, replayed
+from slimgrad.planning.restored import restored_changes
 from slimgrad.planning.taped import held_by_tape, tape_changes
-from slimgrad.storage import MAX_PENDING_BYTES
 from slimgrad.types import Column
 
 _POSITION = {column: position for position, column in enumerate(Column)}
@@ -240,95 +239,26 @@ class Layout:
         """
         if record.is_compiled:
             return compiled_changes(self, self.block(where).path, record)
-        changes = Changes()
         if record.restore is Restore.OPERATIONS:
             return tape_changes(self, where, record)
         if record.restore is Restore.NONE and record.held_bytes >= record.saved_bytes:
-            return changes
-        share = record.held_bytes / record.saved_bytes if record.saved_bytes else 1.0
-        for index, saved in self.block(where).saved.items():
-            if index not in self.window:
-                continue
-            call = self.trace.calls[index]
-            gone = int(self.drop[call.forward_to + 1])
-            back = self._restored_at(index, record.restore, offloaded)
-            for storage in saved:
-                nbytes, column = int(self.trace.nbytes[storage]), int(self.trace.column[storage])
-                free = max(gone, int(self.drop[self.trace.cached.get(storage, 0)]))
-                here = back + (
-                    int(self.trace.birth[storage]) - call.forward_from
-                    if record.restore is Restore.REPLAY
-                    else 0
-                )
-                changes.span(free, here, -nbytes * (1 - share), column)
-            if record.restore is Restore.REPLAY:
-                self._replayed_outputs(changes, index)
-                self._replayed_temporaries(changes, index, saved)
-            elif record.restore is Restore.COPY:
-                sizes = [int(self.trace.nbytes[s]) for s in saved]
-                self.pending_writes(changes, index, sizes, 1 - share)
-        return changes
-
-    def pending_writes(
-        self, changes: Changes, index: int, sizes: Sequence[int], share: float = 1.0
-    ) -> None:
-        """What a block's forward leaves to be written is live until it is, during the next block's at most."""
-        pending = min(sum(sizes) * share, max([MAX_PENDING_BYTES, *sizes]))
-        start = int(self.drop[self.trace.calls[index].forward_to + 1])
-        ends = self._forward_ends
-        after = bisect.bisect_right(ends, self.trace.calls[index].forward_to)
-        end = ends[after] if after < len(ends) else self.trace.backward_from
-        stop = self.drop[end + 1]
-        changes.span(start, int(stop), pending, _POSITION[Column.ACTIVATIONS])
-
-    def _restored_at(self, index: int, restore: Restore, offloaded: Collection[int] | None) -> int:
-        here = self.window[index]
-        if restore is not Restore.COPY:
-            return here
-        if offloaded is None:
-            before = bisect.bisect_left(self._windows, here)
-            return self._windows[before - 1] if before else here
-        return max((w for i in offloaded if (w := self.window[i]) < here), default=here)
+            return Changes()
+        return restored_changes(self, where, record, offloaded)
 
     @cached_property
-    def _windows(self) -> list[int]:
+    def windows(self) -> list[int]:
+        """The slots at which windows before a backward begin, in their order."""
         return sorted(self.window.values())
 
     @cached_property
-    def _forward_ends(self) -> list[int]:
-        return sorted(call.forward_to for call in self.trace.calls)
-
-    @cached_property
-    def _takers(self) -> dict[int, list[int]]:
+    def takers(self) -> dict[int, list[int]]:
+        """The calls that take each storage."""
         return takers(self.trace.calls)
 
-    def _replayed_outputs(self, changes: Changes, index: int) -> None:
-        """Outputs that only the block's own backward still needs are gone until they are made again."""
-        trace, call, start = self.trace, self.trace.calls[index], self.window[index]
-        first, last = self.backward_tick[index], self.backward_last[index]
-        for storage in call.outputs:
-            others = self._takers.get(storage, ())
-            free = all(self.backward_last.get(i, 0) < first for i in others)
-            if free and first < trace.death[storage] <= last + 1:
-                again = start + int(trace.birth[storage]) - call.forward_from
-                nbytes, column = int(trace.nbytes[storage]), int(trace.column[storage])
-                changes.span(start, again, -nbytes, column)
-
-    def _replayed_temporaries(self, changes: Changes, index: int, saved: tuple[int, ...]) -> None:
-        trace, call = self.trace, self.trace.calls[index]
-        if not saved:
-            return
-        last = max(int(trace.birth[s]) for s in saved)  # where recomputation stops
-        start = self.window[index] - call.forward_from
-        inside = self.born(call.forward_from, last)
-        for storage in inside[trace.death[inside] <= call.forward_to + 1]:
-            birth, death = int(trace.birth[storage]), min(int(trace.death[storage]), last + 1)
-            changes.span(
-                start + birth,
-                start + death,
-                int(trace.nbytes[storage]),
-                _POSITION[Column.TEMPORARIES],
-            )
+    @cached_property
+    def forward_ends(self) -> list[int]:
+        """The ticks at which calls' forward passes end, in their order."""
+        return sorted(call.forward_to for call in self.trace.calls)
 
     def held(self, where: str | tuple[str, ...], record: Record) -> dict[int, int]:
         """Storages that a block behaving as ``record`` says keeps alive longer: storage -> until which slot."""

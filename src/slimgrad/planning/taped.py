@@ -8,6 +8,7 @@ import numpy as np
 
 from slimgrad.method import Record
 from slimgrad.planning.calls import Changes
+from slimgrad.planning.restored import pending_writes
 from slimgrad.types import Column
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _call_changes(layout: Layout, changes: Changes, calls: tuple[int, ...], reco
         changes.span(int(layout.at[tick]) - 1, int(layout.at[tick]), peak, _TEMPORARIES)
     if record.moved and layout.writes_behind:
         moved = [n for n in record.moved if n < len(is_dropped) and is_dropped[n]]
-        layout.pending_writes(changes, calls[-1], nbytes[moved].tolist())
+        pending_writes(layout, changes, calls[-1], nbytes[moved].tolist())
 
 
 def held_by_tape(layout: Layout, where: str | tuple[str, ...], record: Record) -> dict[int, int]:
