@@ -165,6 +165,37 @@ def test_dropout_is_drawn_again_in_nested_segments(by_modules):
         assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
+class Noisy(nn.Module):
+    """A block that draws from a generator of its own."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.linear, self.seed = nn.Linear(32, 32), seed
+        self.generator = torch.Generator()
+
+    def forward(self, x_ND):
+        return (self.linear(x_ND) * torch.rand(x_ND.shape, generator=self.generator)).tanh()
+
+
+@BOTH
+def test_what_a_block_draws_from_a_generator_of_its_own_is_drawn_again(by_modules):
+    torch.manual_seed(0)
+    model, batch = Stack(4), torch.randn(16, 32)
+    model.body = nn.Sequential(*(Noisy(seed) for seed in range(4)))
+
+    def seeded_step():
+        for block in model.body:
+            block.generator.manual_seed(block.seed)
+        return [*step(model, mean_square, batch), *(b.generator.get_state() for b in model.body)]
+
+    plain = seeded_step()
+    for schedule in ((), (2,), (2, 1)):
+        undo = attach(model, [f"body.{i}" for i in range(4)], schedule, (), by_modules)
+        ours = seeded_step()
+        undo()
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
 class Interrupted(Stack):
     """Does something to the stream between blocks."""
 

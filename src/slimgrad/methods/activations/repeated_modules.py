@@ -62,7 +62,7 @@ class _Stage:
     leaves: list[Any]
     nest: TreeSpec | None  # None: the leaves are the positional arguments
     parameters: list[Kept]
-    random: list[bytes]
+    random: list[tuple[torch.Generator, bytes]]
     autocast: list[tuple[str, torch.dtype, bool, bool]]
     second_run: SecondRun | None
     saved: list[tuple[torch.Size, torch.dtype] | None] = field(default_factory=list)
@@ -93,7 +93,8 @@ class RepeatedModules:
         self.stages: list[_Stage] = []
         self._holdings = holdings
         self._device = device
-        self._generators = _generators(device)
+        self._devices = _generators(device)
+        self._generators = list(self._devices)
         self._returned: list[tuple[weakref.ref[Tensor], int]] = []
         self._outside = OutsideTorch.now()
         self._draws_outside = True
@@ -136,7 +137,9 @@ class RepeatedModules:
             leaves, nest = args, None
         links = {id(x): i for i, (ref, version) in enumerate(self._returned)
                  if (x := ref()) is not None and x._version == version}  # fmt: skip
-        random = [g.get_state().numpy().tobytes() for g in self._generators]
+        own = _own_generators(module)
+        self._generators += [g for g in own if g not in self._generators]
+        random = [(g, g.get_state().numpy().tobytes()) for g in (*self._devices, *own)]
         if self.stages and self.stages[-1].random == random:
             random = self.stages[-1].random
         types = dict.fromkeys(("cpu", self._device.type))
@@ -216,7 +219,7 @@ class RepeatedModules:
             if hold:
                 found.append(None if expected is None else tensor.detach())
 
-        for generator, state in zip(self._generators, stage.random, strict=True):
+        for generator, state in stage.random:
             generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
         with ExitStack() as stack:
             for kind, dtype, enabled, cached in stage.autocast:
@@ -284,6 +287,12 @@ def _watched_first(second_run: SecondRun) -> Generator[None]:
 
 def _watched(second_run: SecondRun | None) -> AbstractContextManager[Any]:
     return nullcontext() if second_run is None else _watched_first(second_run)
+
+
+def _own_generators(module: nn.Module) -> list[torch.Generator]:
+    """The generators that the module, or one inside it, has as attributes."""
+    attributes = (value for m in module.modules() for value in vars(m).values())
+    return list(dict.fromkeys(a for a in attributes if isinstance(a, torch.Generator)))
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:
