@@ -8,6 +8,7 @@ stand for. Which stages' tensors and which inputs are held meanwhile, a schedule
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -139,7 +140,7 @@ class RepeatedModules:
                  if (x := ref()) is not None and x._version == version}  # fmt: skip
         own = _own_generators(module)
         self._generators += [g for g in own if g not in self._generators]
-        random = [(g, g.get_state().numpy().tobytes()) for g in (*self._devices, *own)]
+        random = [(g, _bytes_of(g.get_state())) for g in (*self._devices, *own)]
         if self.stages and self.stages[-1].random == random:
             random = self.stages[-1].random
         types = dict.fromkeys(("cpu", self._device.type))
@@ -287,6 +288,11 @@ def _watched_first(second_run: SecondRun) -> Generator[None]:
 
 def _watched(second_run: SecondRun | None) -> AbstractContextManager[Any]:
     return nullcontext() if second_run is None else _watched_first(second_run)
+
+
+def _bytes_of(state: Tensor) -> bytes:
+    """A generator's state, no tensor: most stages share one."""
+    return ctypes.string_at(state.data_ptr(), state.nbytes)
 
 
 def _own_generators(module: nn.Module) -> list[torch.Generator]:
