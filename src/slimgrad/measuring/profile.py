@@ -145,6 +145,7 @@ def _trace_to_json(trace: Trace) -> dict[str, Any]:
         "num_shares": trace.num_shares,
         "is_timed": trace.is_timed,
     }
+    out["op_node"] = trace.op_node.tolist()
     out["calls"] = [asdict(call) for call in trace.calls]
     out["gradients"] = {name: list(value) for name, value in trace.gradients.items()}
     out["cached"] = sorted(trace.cached.items())
@@ -162,6 +163,7 @@ def _trace_from_json(data: Mapping[str, Any]) -> Trace:
         op=np.zeros(0, dtype=np.int64),
         num_ticks=data["num_ticks"],
         num_shares=data["num_shares"],
+        op_node=np.array(data.get("op_node", ()), dtype=np.int64),
         is_timed=data.get("is_timed", False),
         cached=dict(data["cached"]),
         calls=calls,

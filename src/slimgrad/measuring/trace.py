@@ -48,7 +48,8 @@ class Trace:
     ``calls``, -1: none), ``op_backward``. ``gradients`` maps a parameter's name to its gradient's storage and
     the tick at which it was complete. ``cached`` maps storages that autocast's weight cache holds, whoever else
     does, to the tick at which it lets go. ``reads`` and ``writes`` are the storages of each operation's arguments,
-    and of those that it made or wrote into, one entry a tick. ``is_timed``: do ``op_seconds`` sum to those of real passes?
+    and of those that it made or wrote into, one entry a tick. ``op_node`` is the sequence number of the autograd
+    node that an operation in backward belongs to, -1 in forward. ``is_timed``: do ``op_seconds`` sum to those of real passes?
     """
 
     nbytes: np.ndarray
@@ -64,6 +65,7 @@ class Trace:
     module: np.ndarray
     module_paths: list[str]
     op_seconds: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    op_node: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     is_timed: bool = False
     num_shares: int = 1
     cached: dict[int, int] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class _Recorder:
         self.op: list[int] = []
         self.op_call: list[int] = []
         self.op_backward: list[bool] = []
+        self.op_node: list[int] = []
         self.reads: list[tuple[int, ...]] = []
         self.writes: list[tuple[int, ...]] = []
         self.gradients: dict[str, tuple[int, int]] = {}
@@ -173,8 +176,10 @@ class _Recorder:
         casts = func is torch.ops.aten._to_copy.default and not backward and any(self._caching)
         if casts and args[0].is_leaf and args[0].requires_grad:
             self.cast.append(tick)
+        node: Any = torch._C._current_autograd_node() if backward else None
         if backward:
-            self._last = self._call_of_node(torch._C._current_autograd_node())
+            self._last = self._call_of_node(node)
+        self.op_node.append(_sequence_number(node))
         call = self._last if backward else (self.open[-1] if self.open else -1)
         key = op_key(func, args, kwargs)
         self.op.append(self.keys.setdefault(key, len(self.keys)))
@@ -188,8 +193,8 @@ class _Recorder:
         return list(dict.fromkeys(storage for storage in met if storage is not None))
 
     def _call_of_node(self, node: Any) -> int:
-        number = node._sequence_nr() if node is not None else -1
-        if number < 0 or number >= 2**62:  # AccumulateGrad has no place of its own
+        number = _sequence_number(node)
+        if number < 0:
             return self._last
         if number not in self._call_of:
             self._call_of[number] = self._found_call(number)
@@ -224,6 +229,12 @@ def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 def _autocast_caches(device: str) -> bool:
     return torch.is_autocast_enabled(device) and torch.is_autocast_cache_enabled()
+
+
+def _sequence_number(node: Any) -> int:
+    """An autograd node's; -1 of none, and of AccumulateGrad, which has no place of its own."""
+    number = node._sequence_nr() if node is not None else -1
+    return number if number < 2**62 else -1
 
 
 def trace_step(
@@ -332,6 +343,7 @@ def _trace_of(tracker: Tracker, recorder: _Recorder, num_shares: int) -> Trace:
         op=np.array(recorder.op, dtype=np.int64),
         op_call=np.array(recorder.op_call, dtype=np.int64),
         op_backward=np.array(recorder.op_backward, dtype=bool),
+        op_node=np.array(recorder.op_node, dtype=np.int64),
         calls=recorder.calls,
         gradients=recorder.gradients,
         module=np.array(tracker.module, dtype=np.int64),

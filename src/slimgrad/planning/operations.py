@@ -39,14 +39,19 @@ class Reads:
         self.callers: dict[int, set[int]] = {}
         self.by_call: dict[int, dict[int, tuple[int, int]]] = {}  # and in backward first and last
         self.op_seconds: list[float] = trace.op_seconds.tolist() or [0.0] * trace.num_ticks
+        began = 0  # the first operation of the node: it is then that autograd asks for all that the node saved
         for index, storages in enumerate(trace.reads):
+            if not (
+                index and len(trace.op_node) and trace.op_node[index] == trace.op_node[index - 1]
+            ):
+                began = index
             for storage in storages:
                 if trace.op_backward[index]:
                     self.first_backward.setdefault(storage, index + 1)
                     call = int(trace.op_call[index])
                     self.callers.setdefault(storage, set()).add(call)
                     spans = self.by_call.setdefault(call, {})
-                    spans[storage] = spans.get(storage, (index + 1, 0))[0], index + 1
+                    spans[storage] = spans.get(storage, (began + 1, 0))[0], index + 1
                 else:
                     self.last_forward[storage] = index + 1
 
