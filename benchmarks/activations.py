@@ -29,7 +29,7 @@ from slimgrad.types import Column, format_bytes
 RESULTS = Path(__file__).parent / "results" / "activations.jsonl"
 SHARES = {"gpt2": (0.5, 0.2, 0.1), "deep": (0.15, 0.05)}
 PEER_NAMES = ("checkpoint", "checkpoint-sqrt")
-_TRIALS = 6
+_TRIALS = 4
 
 
 @dataclass

@@ -63,6 +63,19 @@ def test_operations_are_scaled_to_real_passes(traced, monkeypatch):
         assert profile.variants[key].is_timed
 
 
+def test_no_method_saves_more_than_it_does_away_with(traced, monkeypatch):
+    profile, host, batch = traced
+    plain, before = profile.variants[()], _seconds(profile)
+    outside = float(plain.op_seconds[plain.op_call < 0].sum())  # the head and the loss
+    assert outside < 0.9 * before[()]
+    _clocked(monkeypatch, {("chunked_cross_entropy",): [1e-3]})
+    time_passes(host, batch, profile.variants, **NO_LIMIT)
+    after = _seconds(profile)
+    chunked = [key for key in after if [name for name, _ in key] == ["chunked_cross_entropy"]]
+    assert chunked
+    assert all(before[()] - outside <= after[key] <= before[()] for key in chunked)
+
+
 def test_what_is_not_run_is_as_far_off_as_plain(traced, monkeypatch):
     profile, host, batch = traced
     before = _seconds(profile)

@@ -8,11 +8,12 @@ a trace's operations are scaled to theirs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -24,7 +25,7 @@ from slimgrad.measuring.trace import Trace, checked_loss, untouched
 from slimgrad.method import Block, Method, Scope, hyperparameters, method_name
 
 _LEAST_S = 0.02  # passes that take less cannot be told from noise
-_ROUNDS = 3
+_ROUNDS, _MOST_ROUNDS = 3, 8
 _SHARE = 0.5  # of the memory that is free, which the plain passes may take
 
 Variants = Mapping[tuple[Setting, ...], Trace]
@@ -70,7 +71,8 @@ def time_passes(
     """Scale the seconds of ``traces`` to those of real passes, and mark them as timed so.
 
     The plain passes and each single rewriting method's are run, the fastest first, in turns, for about ``limit_s``
-    seconds; what several methods at once take is the product of what each of them does. Nothing is run where the
+    seconds; a method saves at most what the operations take that it does away with (more is noise), and what several
+    methods at once take is the product of what each of them does. Nothing is run where the
     plain passes would take more than ``limit_bytes`` or half of the free memory, or so little time that
     noise would be measured.
     """
@@ -83,18 +85,30 @@ def time_passes(
     ways.sort(key=lambda way: (bool(way.methods), way.planned_s))
     left = limit_s / _ROUNDS
     ways = [way for way in ways if (left := left - way.planned_s) > 0 or not way.methods]
-    deadline = time.perf_counter() + 2 * limit_s  # operations alone may tell too little
-    with suppress(
-        Exception
-    ):  # what fails for real is told where it is proved; planned seconds stay
-        for _ in range(_ROUNDS):
-            for way in ways:
-                if time.perf_counter() < deadline:
-                    way.run(host, batch)
+    with suppress(Exception):  # what fails for real is told where it is proved
+        _take_turns(ways, host, batch, limit_s)
     scale = {way.methods: way.scale for way in ways if way.taken}
     if () in scale:
+        for way in ways:
+            if way.methods in scale:
+                least_s = (float(plain.op_seconds.sum()) - _replaced_s(plain, way.trace)) * scale[
+                    ()
+                ]
+                scale[way.methods] = max(scale[way.methods], least_s / way.planned_s)
         for methods, trace in traces.items():
             _scale(trace, methods, scale)
+
+
+def _take_turns(ways: Sequence[_Way], host: Host, batch: Any, limit_s: float) -> None:
+    """At least three rounds, though operations alone told too little by up to half; more of short passes."""
+    began = time.perf_counter()
+    for turn in range(_MOST_ROUNDS):
+        spent_s = time.perf_counter() - began
+        if turn >= _ROUNDS and spent_s * (turn + 1) / turn > limit_s:
+            break
+        for way in ways:
+            if time.perf_counter() - began < 2 * limit_s:
+                way.run(host, batch)
 
 
 @dataclass
@@ -125,6 +139,15 @@ class _Way:
             if host.device.type == "cuda":
                 torch.cuda.synchronize(host.device)
             self.taken.append(time.perf_counter() - begin)
+
+
+def _replaced_s(plain: Trace, trace: Trace) -> float:
+    """Planned seconds of the plain passes' operations that ``trace`` does not have: it cannot save more than those."""
+    num = 1 + max(int(plain.op.max(initial=0)), int(trace.op.max(initial=0)))
+    seconds = np.zeros(num)
+    seconds[plain.op] = plain.op_seconds
+    left = np.bincount(plain.op, minlength=num) - np.bincount(trace.op, minlength=num)
+    return float((left.clip(min=0) * seconds).sum())
 
 
 def _fits(host: Host, peak_bytes: int, limit_bytes: int | None) -> bool:
