@@ -1,4 +1,4 @@
-"""Write docs/methods/ from the methods' own cards: ``python tools/docs.py [--check]``.
+"""Write docs/methods/ from the methods' and components' own cards: ``python tools/docs.py [--check]``.
 
 One page a method and one index. With ``--check`` nothing is written: the exit code is 1 and the pages are named
 if they differ from what would be written, a page is missing, or one is left of a method that is gone.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slimgrad.catalogue import bibtex, describe, methods
+from slimgrad.catalogue import bibtex, describe, everything, offered_to
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
 NOTE = "<!-- Written by tools/docs.py from the method's docstring: change that, then run `make docs`. -->"
@@ -25,7 +25,7 @@ SECTIONS = {
 }
 
 
-def page(cls: type[Any]) -> str:
+def page(cls: Callable[..., Any]) -> str:
     """The page of one method, in Markdown."""
     method = describe(cls)
     paper = method["paper"]
@@ -34,8 +34,8 @@ def page(cls: type[Any]) -> str:
         f"# {method['name']}",
         NOTE,
         method["summary"],
-        f"| saves | exactness | offered to | paper |\n|---|---|---|---|\n"
-        f"| {_title(method['column'])} | {method['exactness']} | each {method['scope']} "
+        f"| saves | exactness | use | paper |\n|---|---|---|---|\n"
+        f"| {_title(method['column'])} | {method['exactness']} | {offered_to(method)} "
         f"| {paper['authors']} ({paper['year']}), {title} |",
     ]
     for header, key in SECTIONS.items():
@@ -48,14 +48,14 @@ def page(cls: type[Any]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def index(catalogue: Mapping[str, type[Any]]) -> str:
+def index(catalogue: Mapping[str, Callable[..., Any]]) -> str:
     """The table of all methods, in Markdown."""
-    rows = ["| method | saves | exactness | what it does |", "|---|---|---|---|"]
+    rows = ["| method | saves | exactness | for | what it does |", "|---|---|---|---|---|"]
     for name, cls in catalogue.items():
         method = describe(cls)
         rows.append(
             f"| [{name}]({name}.md) | {_title(method['column'])} | {method['exactness']} "
-            f"| {_cell(method['summary'])} |"
+            f"| {method['scope']} | {_cell(method['summary'])} |"
         )
     return "\n\n".join(["# Methods", NOTE, "\n".join(rows)]) + "\n"
 
@@ -75,7 +75,7 @@ def _fields(method: Mapping[str, Any]) -> str:
     return "\n".join(["| field | default |", "|---|---|", *rows])
 
 
-def pages(catalogue: Mapping[str, type[Any]]) -> dict[str, str]:
+def pages(catalogue: Mapping[str, Callable[..., Any]]) -> dict[str, str]:
     """Every generated page by file name."""
     return {"index.md": index(catalogue)} | {f"{n}.md": page(cls) for n, cls in catalogue.items()}
 
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: docs/methods")
     options = parser.parse_args(arguments)
-    wanted = pages(methods())
+    wanted = pages(everything())
     stale = differing(wanted, options.folder)
     if options.check:
         for name in stale:

@@ -1,7 +1,8 @@
-"""The catalogue: every method, found by walking ``methods/``, and its card, read from its module's docstring.
+"""The catalogue: what lies in ``methods/`` and ``layers/``, found by walking them, and each one's card.
 
-Nothing is registered anywhere. A method is a frozen dataclass that keeps the contract of ``method.py`` and is
-defined in the module that bears its name.
+Nothing is registered anywhere. A method is a frozen dataclass that keeps the contract of ``method.py``; a component
+is a class or function declared with ``component``. Each is defined in the module that bears its name, whose
+docstring is its card.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from slimgrad.errors import MethodError
-from slimgrad.method import Method, method_name
+from slimgrad.method import Component, Method, method_name
 
+_YOURS = "your code"
 _DECLARATIONS = ("column", "exactness", "scope", "paper")
 _VERBS = ("offer", "attach")
 _HEADERS = ("Formula", "Memory", "Exactness", "Limits", "References")
@@ -29,7 +31,7 @@ _HEADER = re.compile(rf"^({'|'.join(_HEADERS)}):[ \t]*(.*)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Card:
-    """What a method's file says about it, in the words of its docstring."""
+    """What a method's, or a component's, file says about it, in the words of its docstring."""
 
     name: str
     summary: str
@@ -46,26 +48,62 @@ def methods() -> Mapping[str, type[Any]]:
     return find_methods("slimgrad.methods")
 
 
+@functools.cache
+def components() -> Mapping[str, Callable[..., Any]]:
+    """Every layer and function of slimgrad that users call themselves, by name, sorted."""
+    return find_components("slimgrad.methods", "slimgrad.layers")
+
+
+@functools.cache
+def everything() -> Mapping[str, Callable[..., Any]]:
+    """Methods and components by name, sorted."""
+    return _named([*methods().values(), *components().values()])
+
+
 def find_methods(package_name: str) -> Mapping[str, type[Any]]:
     """Every method defined below a package, by name, sorted.
 
     Raises MethodError for a class that keeps the contract but is not a frozen dataclass that can be made
     without arguments, for two methods in one module, and for two modules of one name.
     """
+    return _named(cls for module in _modules(package_name) for cls in _methods_of(module))
+
+
+def find_components(*package_names: str) -> Mapping[str, Callable[..., Any]]:
+    """Every component declared below the packages, by name, sorted. Raises MethodError for two of one name."""
+    modules = [module for name in package_names for module in _modules(name)]
+    return _named(
+        value
+        for module in modules
+        for name, value in vars(module).items()
+        if "component" in getattr(value, "__dict__", {})  # its own, not a base class's
+        and isinstance(value.component, Component)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    )
+
+
+_Found = TypeVar("_Found", bound=Callable[..., Any])
+
+
+def _named(found: Iterable[_Found]) -> Mapping[str, _Found]:
+    by_name: dict[str, _Found] = {}
+    for value in found:
+        name = method_name(value)
+        if name in by_name:
+            raise MethodError(
+                f"expected one method named {name!r}, found {_place(by_name[name])} and {_place(value)}; "
+                "a method bears its module's name: give each its own module"
+            )
+        by_name[name] = value
+    return dict(sorted(by_name.items()))
+
+
+def _modules(package_name: str) -> Iterator[ModuleType]:
     package = importlib.import_module(package_name)
-    found: dict[str, type[Any]] = {}
     for info in pkgutil.walk_packages(package.__path__, f"{package_name}.", onerror=_reraise):
-        if info.ispkg:
-            continue
-        for cls in _methods_of(importlib.import_module(info.name)):
-            name = method_name(cls)
-            if name in found:
-                raise MethodError(
-                    f"expected one method named {name!r}, found {_place(found[name])} and {_place(cls)}; "
-                    "a method bears its module's name: give each its own module"
-                )
-            found[name] = cls
-    return dict(sorted(found.items()))
+        if not info.ispkg:
+            yield importlib.import_module(info.name)
 
 
 def _reraise(_name: str) -> NoReturn:
@@ -109,7 +147,7 @@ def _check_is_value(cls: type[Any]) -> None:
         )
 
 
-def _place(cls: type[Any]) -> str:
+def _place(cls: Callable[..., Any]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -122,7 +160,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def find(name: str) -> type[Any]:
     """The class of the method ``name`` (hyphens count as underscores). Raises MethodError if unknown."""
-    known = methods()
+    return _looked_up(name, methods())
+
+
+def find_anything(name: str) -> Callable[..., Any]:
+    """The method or component ``name`` (hyphens count as underscores). Raises MethodError if unknown."""
+    return _looked_up(name, everything())
+
+
+def _looked_up(name: str, known: Mapping[str, _Found]) -> _Found:
     asked = name.strip().lower().replace("-", "_")
     if asked not in known:
         raise MethodError(f"there is no method {name!r}; {did_you_mean(asked, known)}")
@@ -144,14 +190,13 @@ def get(name: str, **fields: Any) -> Method:
     return cls(**fields)
 
 
-def card(method: Method | type[Any]) -> Card:
-    """The card of a method, from its module's docstring.
+def card(method: Method | Callable[..., Any]) -> Card:
+    """The card of a method or component, from its module's docstring.
 
     The text before the first header is the summary. A header stands at the start of a line; its text runs to
     the next one. Raises MethodError for a header that is missing, doubled or empty.
     """
-    cls = method if isinstance(method, type) else type(method)
-    module = importlib.import_module(cls.__module__)
+    module = importlib.import_module(method.__module__)
     text = inspect.cleandoc(module.__doc__ or "")
     parts = _HEADER.split(text)
     summary, headers, texts = (
@@ -172,7 +217,7 @@ def card(method: Method | type[Any]) -> Card:
     if empty:
         raise MethodError(f"the card of {module.__name__} says nothing under {', '.join(empty)}")
     return Card(
-        name=method_name(cls),
+        name=method_name(method),
         summary=" ".join(summary.split()),
         formula=told["Formula"],
         memory=told["Memory"],
@@ -182,30 +227,47 @@ def card(method: Method | type[Any]) -> Card:
     )
 
 
-def describe(method: Method | type[Any]) -> dict[str, Any]:
-    """A method's card, declarations and hyperparameters as plain values, for JSON and the docs."""
-    cls: type[Any] = method if isinstance(method, type) else type(method)
-    value: Any = cls() if isinstance(method, type) else method
+def describe(method: Method | Callable[..., Any]) -> dict[str, Any]:
+    """A method's or component's card, declarations and hyperparameters as plain values, for JSON and the docs.
+
+    ``scope`` is what a method is offered to; a component, which no plan chooses, is for ``your code``, and
+    its ``fields`` are the arguments that have defaults.
+    """
+    declared = getattr(method, "component", None)
+    defined: Any = method if hasattr(method, "__qualname__") else type(method)
+    paper = (declared or defined).paper
     return {
-        **dataclasses.asdict(card(cls)),
-        "family": cls.__module__.split(".")[-2],
-        "class": cls.__name__,
-        "column": str(cls.column),
-        "exactness": str(cls.exactness),
-        "scope": str(cls.scope),
-        "paper": {**dataclasses.asdict(cls.paper), "link": cls.paper.link},
-        "fields": {
-            field.name: getattr(value, field.name)
-            for field in dataclasses.fields(cls)
-            if field.init
-        },
+        **dataclasses.asdict(card(method)),
+        "family": defined.__module__.split(".")[-2],
+        "class": defined.__name__,
+        "column": str((declared or defined).column),
+        "exactness": str((declared or defined).exactness),
+        "scope": _YOURS if declared else str(defined.scope),
+        "paper": {**dataclasses.asdict(paper), "link": paper.link},
+        "fields": _arguments(defined) if declared else _fields(method),
     }
 
 
-def bibtex(method: Method | type[Any]) -> str:
-    """The method's paper as one BibTeX entry."""
-    cls = method if isinstance(method, type) else type(method)
-    paper = cls.paper
+def offered_to(described: Mapping[str, Any]) -> str:
+    """Who uses what ``describe`` told of: ``offered to each block``, or ``for your code``."""
+    yours = described["scope"] == _YOURS
+    return f"for {_YOURS}" if yours else f"offered to each {described['scope']}"
+
+
+def _fields(method: Any) -> dict[str, Any]:
+    value = method() if isinstance(method, type) else method
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+
+
+def _arguments(defined: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(defined).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def bibtex(method: Method | Callable[..., Any]) -> str:
+    """The method's or component's paper as one BibTeX entry."""
+    defined: Any = getattr(method, "component", method)
+    paper = defined.paper
     names = re.sub(r",?\s+et al\.?$", ", others", paper.authors)
     authors = [name for name in re.split(r"\s*(?:,|;|\band\b|&)\s*", names) if name]
     word = next((w for w in re.findall(r"[A-Za-z]+", paper.title) if len(w) > 3), "paper")

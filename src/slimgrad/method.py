@@ -17,12 +17,14 @@ import enum
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from slimgrad.types import Column, Exactness
 
 if TYPE_CHECKING:
     from slimgrad.host import Host
+
+_Thing = TypeVar("_Thing", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -339,10 +341,29 @@ class Rewriting(Protocol):
         ...
 
 
-def method_name(method: Method | type[Any]) -> str:
+@dataclass(frozen=True)
+class Component:
+    """What a layer or a function declares that users put into their own models and loops; no plan chooses it."""
+
+    column: Column
+    exactness: Exactness
+    paper: Paper
+
+
+def component(column: Column, exactness: Exactness, paper: Paper) -> Callable[[_Thing], _Thing]:
+    """Declare the class or function that a module is about; the module's docstring is its card."""
+
+    def declare(thing: _Thing) -> _Thing:
+        setattr(thing, "component", Component(column, exactness, paper))  # noqa: B010
+        return thing
+
+    return declare
+
+
+def method_name(method: Method | Callable[..., Any]) -> str:
     """A method's name everywhere: the name of the module that defines it."""
-    cls = method if isinstance(method, type) else type(method)
-    return cls.__module__.rpartition(".")[2]
+    defined = method if hasattr(method, "__qualname__") else type(method)
+    return defined.__module__.rpartition(".")[2]
 
 
 def hyperparameters(method: Method) -> Mapping[str, Any]:

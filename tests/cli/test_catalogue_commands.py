@@ -44,10 +44,11 @@ NAME = __name__.rpartition(".")[2]
 @pytest.fixture(autouse=True)
 def _one_method(monkeypatch):
     found = {NAME: Forget}
-    monkeypatch.setattr(catalogue, "methods", lambda: found)
-    for command in ("methods", "cite"):
-        module = importlib.import_module(f"slimgrad.cli.{command}")
-        monkeypatch.setattr(module, "methods", lambda: found)
+    shown = {"methods": found, "components": {}, "everything": found}
+    commands = [importlib.import_module(f"slimgrad.cli.{name}") for name in ("methods", "cite")]
+    for place in (catalogue, *commands):
+        for name in shown.keys() & vars(place).keys():
+            monkeypatch.setattr(place, name, lambda name=name: shown[name])
 
 
 def run(*arguments):

@@ -5,15 +5,29 @@ import importlib
 import sys
 import textwrap
 from itertools import count
+from pathlib import Path
 
 import pytest
 
 from slimgrad import catalogue
-from slimgrad.catalogue import bibtex, card, describe, find_methods, get, methods
+from slimgrad.catalogue import (
+    bibtex,
+    card,
+    components,
+    describe,
+    everything,
+    find_anything,
+    find_components,
+    find_methods,
+    get,
+    methods,
+    offered_to,
+)
 from slimgrad.errors import MethodError
 from slimgrad.method import Method, Paper, method_name
 from slimgrad.types import Column, Exactness
 
+TESTS = Path(__file__).parents[1]
 CARD = '''"""Keeps nothing, for tests.
 
 Formula: y = x
@@ -44,6 +58,29 @@ class {name}:
     def offer(self, block): return Refusal("a test")
     def attach(self, block): return Undo()
 """
+COMPONENT = """
+from slimgrad.method import Paper, component
+from slimgrad.types import Column, Exactness
+
+class Other: pass
+
+@component(Column.TEMPORARIES, Exactness.EXACT, Paper("On pages", "A. Byron", 1843, "1843.00002"))
+def {name}(values, chunk=8, *, causal=False):
+    '''A function for tests.'''
+"""
+LAYER = """
+from torch import nn
+from slimgrad.method import Paper, component
+from slimgrad.types import Column, Exactness
+
+@component(Column.ACTIVATIONS, Exactness.EXACT, Paper("On leaves", "A. Byron", 1843, "1843.00003"))
+class {name}(nn.Module):
+    '''A layer for tests.'''
+    def __init__(self, width, splits=2): super().__init__()
+
+class Narrow({name}):
+    '''Declares nothing of its own.'''
+"""
 _numbers = count()
 
 
@@ -53,7 +90,7 @@ def package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     name = f"fake_methods_{next(_numbers)}"
 
-    def build(files):
+    def build(files, find=find_methods):
         for file, text in files.items():
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +98,7 @@ def package(tmp_path, monkeypatch):
                 (tmp_path / folder / "__init__.py").touch()
             path.write_text(textwrap.dedent(text))
         importlib.invalidate_caches()
-        return find_methods(name)
+        return find(name)
 
     yield build
     for module in [m for m in sys.modules if m.partition(".")[0] == name]:
@@ -158,6 +195,33 @@ def test_describe_and_bibtex(package):
     assert entry.count("{") == entry.count("}")
 
 
+def test_components_are_functions_and_layers_that_declare_themselves(package):
+    found = package(
+        {
+            "layers/running_softmax.py": CARD + COMPONENT.format(name="running_softmax"),
+            "layers/folded_block.py": CARD + LAYER.format(name="FoldedBlock"),
+            "layers/folds_again.py": "from .folded_block import FoldedBlock",
+            "layers/keep_none.py": CARD + CLASS.format(name="KeepNone"),
+        },
+        find_components,
+    )
+    assert list(found) == ["folded_block", "running_softmax"]
+    told = describe(found["running_softmax"])
+    assert told["fields"] == {"chunk": 8, "causal": False}
+    assert told["column"] == "temporaries"
+    assert told["paper"]["arxiv"] == "1843.00002"
+    assert offered_to(told) == "for your code"
+    assert describe(found["folded_block"])["fields"] == {"splits": 2}
+    assert "On leaves" in bibtex(found["folded_block"])
+    assert offered_to(describe(methods()["recompute"])) == "offered to each block"
+
+
+def test_one_name_is_one_component(package):
+    text = CARD + COMPONENT.format(name="twice")
+    with pytest.raises(MethodError, match="one method named 'twice'"):
+        package({"a/twice.py": text, "b/twice.py": text}, find_components)
+
+
 def test_bibtex_of_many_authors_and_of_a_page(package):
     text = CARD + CLASS.format(name="KeepNone").replace(
         'Ada Byron, C. Babbage and Others", 1843, "1843.00001"',
@@ -184,3 +248,19 @@ def test_every_method_keeps_the_contract_and_has_a_whole_card(name):
     assert all(dataclasses.asdict(card(cls)).values())
     assert str(cls.exactness) in card(cls).exactness_text.lower()
     assert bibtex(cls).count("{") == bibtex(cls).count("}")
+
+
+@pytest.mark.parametrize("name", list(components()))
+def test_every_component_has_a_whole_card_and_a_test(name):
+    found = components()[name]
+    declared = found.component
+    assert find_anything(name.replace("_", "-")) is found is everything()[name]
+    assert found.__name__.lower().replace("_", "") == name.replace("_", "")
+    assert isinstance(declared.column, Column)
+    assert isinstance(declared.exactness, Exactness)
+    assert declared.paper.link.startswith("https://")
+    assert all(dataclasses.asdict(card(found)).values())
+    assert str(declared.exactness) in card(found).exactness_text.lower()
+    assert bibtex(found).count("{") == bibtex(found).count("}")
+    parts = found.__module__.split(".")[1:-1]
+    assert TESTS.joinpath(*parts, f"test_{name}.py").is_file()

@@ -8,7 +8,7 @@ import textwrap
 import click
 from rich.console import Console
 
-from slimgrad.catalogue import describe, find
+from slimgrad.catalogue import describe, find_anything, offered_to
 
 _PARTS = {
     "formula": "Formula",
@@ -23,8 +23,8 @@ _PARTS = {
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")
 def command(name: str, as_json: bool) -> None:
-    """Show the card of the method NAME, with its hyperparameters and its paper."""
-    method = describe(find(name))
+    """Show the card of the method or layer NAME, with its hyperparameters and its paper."""
+    method = describe(find_anything(name))
     if as_json:
         click.echo(json.dumps(method, indent=2, default=str))
         return
@@ -32,8 +32,7 @@ def command(name: str, as_json: bool) -> None:
     console.print(method["name"], style="bold")
     console.print(method["summary"])
     console.print(
-        f"\nsaves {method['column'].replace('_', ' ')}; {method['exactness']}; "
-        f"offered to each {method['scope']}"
+        f"\nsaves {method['column'].replace('_', ' ')}; {method['exactness']}; {offered_to(method)}"
     )
     for key, title in _PARTS.items():
         console.print(f"\n{title}", style="bold")

@@ -1,0 +1,1 @@
+"""Layers and functions whose own memory law is the point; users put them into their own models."""
