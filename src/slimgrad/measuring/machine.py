@@ -59,10 +59,7 @@ class Machine:
     @property
     def usable_bytes(self) -> int:
         """Memory that a process may still take: what is available, or less where a cgroup allows less."""
-        if self.cgroup_limit_bytes is None:
-            return self.available_bytes
-        left = self.cgroup_limit_bytes - (self.cgroup_used_bytes or 0)
-        return max(0, min(self.available_bytes, left))
+        return _within(self.available_bytes, self.cgroup_limit_bytes, self.cgroup_used_bytes)
 
 
 def this_machine() -> Machine:
@@ -92,6 +89,17 @@ def this_machine() -> Machine:
         ),
         no_color=bool(os.environ.get("NO_COLOR")),
     )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that tensors may still take on ``device``: the card's, or nine tenths of the machine's or cgroup's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(0.9 * _within(psutil.virtual_memory().available, *cgroup_memory()))
+
+
+def _within(available: int, limit: int | None, used: int | None) -> int:
+    return available if limit is None else max(0, min(available, limit - (used or 0)))
 
 
 def cgroup_memory(

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-import torch
-
 from slimgrad import catalogue
 from slimgrad.host import Host
 from slimgrad.measuring.clock import OpKey, coarsest
 from slimgrad.measuring.compiled_code import first_line, unmark_later
 from slimgrad.measuring.compiled_step import compiled_step
+from slimgrad.measuring.machine import free_bytes
 from slimgrad.measuring.model_cache import switch_off_cache
 from slimgrad.measuring.trace import Trace
 from slimgrad.method import Block, Method, Refusal, Rewriting, Scope, method_name
@@ -86,16 +84,10 @@ def _why_not(host: Host, plain: Trace, asked: Asked) -> str | None:
         return "parameters have hooks on their gradients, which a step that is only tried out would run"
     gradients = sum(p.nbytes for p in parameters if p.requires_grad)
     needed = plain.timeline().peak_bytes + 3 * gradients  # two are compared, and weights moved
-    free = _free_bytes(host) if asked.limit_bytes is None else asked.limit_bytes
+    free = free_bytes(host.device) if asked.limit_bytes is None else asked.limit_bytes
     if needed > free:
         return f"a real step is needed, which takes {format_bytes(needed)}: more than {format_bytes(free)}"
     return None
-
-
-def _free_bytes(host: Host) -> int:
-    if host.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(host.device)[0])
-    return int(psutil.virtual_memory().available * 0.9)
 
 
 def _measured(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,26 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from slimgrad import catalogue
 from slimgrad.batches import batch_shapes, batch_size, check_batch
-from slimgrad.errors import LossError, ModelError, SlimgradError
+from slimgrad.errors import ModelError
 from slimgrad.host import Host, LossFn
 from slimgrad.measuring.blocks import cut, cut_large
 from slimgrad.measuring.clock import OpKey, time_operations
 from slimgrad.measuring.fake import is_fake
-from slimgrad.measuring.model_cache import has_cache, switch_off_cache
+from slimgrad.measuring.model_cache import switch_off_cache
 from slimgrad.measuring.optimizer import OptimizerLaw, no_optimizer, optimizer_law
 from slimgrad.measuring.profile import ModuleCost, Profile, Setting, fingerprint, versions
-from slimgrad.measuring.trace import Trace, trace_step
+from slimgrad.measuring.trace import Trace
 from slimgrad.measuring.tracker import device_of
-from slimgrad.method import Method, Refusal, Rewriting, method_name
 from slimgrad.methods.gradients.micro_batches import has_batch_statistics
 from slimgrad.planning.arguments import check_arguments
 from slimgrad.planning.calls import call_bytes
 from slimgrad.planning.compiled_variants import Asked, compiled_variants
 from slimgrad.planning.compiling import check_steps, compiled_costs
-from slimgrad.planning.real_passes import attached, setting_of, time_passes
+from slimgrad.planning.real_passes import setting_of, time_passes
 from slimgrad.planning.settings import plain_record
 from slimgrad.planning.simulate import Layout
+from slimgrad.planning.variants import traced, variants
 from slimgrad.storage import measure_bandwidth, open_store
 from slimgrad.types import Column
 
@@ -72,7 +70,7 @@ def measure(
     keys: dict[OpKey, int] = {}
     paths, plain = _cut_and_traced(host, batch, keys)
     refusals: dict[str, str] = {}
-    traces = _variants(host, batch, plain, paths, keys, refusals)
+    traces = variants(host, batch, plain, paths, keys, refusals)
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     law = no_optimizer(trainable) if optimizer is None else optimizer_law(optimizer, names)
     seconds, rates = time_operations(list(keys), limit_bytes=limit_bytes, limit_s=limit_s)
@@ -115,88 +113,17 @@ def check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
         )
 
 
-def _traced(
-    host: Host, batch: Any, paths: list[str], keys: dict[OpKey, int], *, fake_only: bool = False
-) -> Trace:
-    shares = list(host.split(batch))[:3]  # the first, one like all later ones, and the last
-    try:
-        return trace_step(host.model, host.loss_fn, shares, paths, keys)
-    except SlimgradError:
-        raise
-    except Exception as fake_error:
-        if fake_only:
-            raise
-        if any(is_fake(p) for p in host.model.parameters()):
-            raise LossError(
-                f"one forward and backward pass of loss_fn failed on fake tensors: {fake_error!r}"
-            ) from fake_error
-        try:
-            return trace_step(host.model, host.loss_fn, shares, paths, keys, fake=False)
-        except SlimgradError:
-            raise
-        except Exception as error:
-            raise LossError(
-                f"one forward and backward pass of loss_fn failed: {error!r} (on fake tensors: {fake_error!r})"
-            ) from error
-
-
 def _cut_and_traced(host: Host, batch: Any, keys: dict[OpKey, int]) -> tuple[list[str], Trace]:
     """The plain step's trace with blocks of comparable size: what is large is cut again and traced again."""
     paths = cut(host.model)
     while True:
-        trace = _traced(host, batch, paths, keys)
+        trace = traced(host, batch, paths, keys)
         blocks = Layout(trace, no_optimizer([]), 0).blocks
         saved = {p: sum(call_bytes(trace, s) for s in b.saved.values()) for p, b in blocks.items()}
         finer = cut_large(host.model, paths, saved)
         if finer == paths:
             return paths, trace
         paths = finer
-
-
-def _variants(
-    host: Host,
-    batch: Any,
-    plain: Trace,
-    paths: list[str],
-    keys: dict[OpKey, int],
-    refusals: dict[str, str],
-) -> dict[tuple[Setting, ...], Trace]:
-    """The step as plans run it: with nothing attached, and with each combination of rewriting methods."""
-    cached = has_cache(host.model)
-    undo = switch_off_cache(host.model)
-    try:
-        bare = _traced(host, batch, paths, keys) if cached else plain
-        if bare.timeline().peak_bytes > plain.timeline().peak_bytes:
-            undo()  # without the cache Transformers masks fake tokens, whose values it cannot see
-            bare = plain
-        traces: dict[tuple[Setting, ...], Trace] = {(): bare}
-        for methods in _rewritings(host, batch, refusals):
-            with attached(host, methods):
-                key = tuple(setting_of(m) for m in methods)
-                try:
-                    traces[key] = _traced(host, batch, paths, keys, fake_only=True)
-                except Exception as error:
-                    name = method_name(methods[0])
-                    refusals[name] = f"cannot be traced on fake tensors: {error!r}"
-        return traces
-    finally:
-        undo()
-
-
-def _rewritings(host: Host, batch: Any, refusals: dict[str, str]) -> Iterator[tuple[Method, ...]]:
-    """Every combination of at most one setting of each rewriting method, the empty one apart."""
-    combinations: list[tuple[Method, ...]] = [()]
-    for name, cls in catalogue.methods().items():
-        if not isinstance(cls, Rewriting) or getattr(cls, "compiles", False):
-            continue
-        leanest = max(combinations, key=len)
-        with attached(host, leanest):
-            settings = cls.settings(host, batch)
-        if isinstance(settings, Refusal):
-            refusals[name] = settings.reason
-            continue
-        combinations += [(*c, s) for c in list(combinations) for s in settings]
-    yield from combinations[1:]
 
 
 def _profile(

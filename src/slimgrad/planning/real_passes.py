@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from slimgrad import catalogue
 from slimgrad.host import Host
 from slimgrad.measuring.fake import is_fake
+from slimgrad.measuring.machine import free_bytes
 from slimgrad.measuring.profile import Setting
 from slimgrad.measuring.trace import Trace, checked_loss, untouched
 from slimgrad.method import Block, Method, Scope, hyperparameters, method_name
@@ -91,10 +91,9 @@ def time_passes(
     if () in scale:
         for way in ways:
             if way.methods in scale:
-                least_s = (float(plain.op_seconds.sum()) - _replaced_s(plain, way.trace)) * scale[
-                    ()
-                ]
-                scale[way.methods] = max(scale[way.methods], least_s / way.planned_s)
+                kept_s = float(plain.op_seconds.sum()) - _replaced_s(plain, way.trace)
+                least = kept_s * scale[()] / way.planned_s
+                scale[way.methods] = max(scale[way.methods], least)
         for methods, trace in traces.items():
             _scale(trace, methods, scale)
 
@@ -155,9 +154,7 @@ def _fits(host: Host, peak_bytes: int, limit_bytes: int | None) -> bool:
         return False
     if limit_bytes is not None and peak_bytes > limit_bytes:
         return False
-    is_cuda = host.device.type == "cuda"
-    free = torch.cuda.mem_get_info(host.device)[0] if is_cuda else psutil.virtual_memory().available
-    return peak_bytes <= _SHARE * free
+    return peak_bytes <= _SHARE * free_bytes(host.device)
 
 
 def _scale(

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
 from slimgrad.batches import map_tensors
 from slimgrad.errors import SlimgradError
 from slimgrad.measuring.ledger import Ledger, MemoryTimeline
+from slimgrad.measuring.machine import free_bytes
 from slimgrad.training.job import Job, JobSpec, adamw, loss_fn, open_job
 from slimgrad.training.tensor_files import StoredTensor, open_tensors, write_tensors
 from slimgrad.types import Column
@@ -132,7 +132,7 @@ def _own_error(
     with torch.no_grad():
         for name, parameter in job.model.named_parameters():
             before[name].read_into(parameter)
-    if psutil.virtual_memory().available < 2.5 * peak:
+    if free_bytes(torch.device("cpu")) < 2.5 * peak:
         job.optimizer = adamw(job.spec, job.model)
         _run(job, num_steps, reverse=True)
         return _distance(_named(job.model), before, after), "samples in reverse order"

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from slimgrad.applying.first_steps import NUM_MEASURED
 from slimgrad.applying.step import Step
 from slimgrad.host import Host
+from slimgrad.measuring.machine import free_bytes
 from slimgrad.measuring.model_cache import switch_off_cache
 from slimgrad.measuring.randomness import RandomState
 from slimgrad.measuring.trace import checked_loss
@@ -55,7 +55,7 @@ def verify(
             budget_bytes=step.plan.budget_bytes,
             rung=step.plan.loosest,
         )
-        free = _free_bytes(host) if available_bytes is None else available_bytes
+        free = free_bytes(host.device) if available_bytes is None else available_bytes
         if 2 * step.plan.plain_peak_bytes <= free:
             _compare_steps(
                 step, batch, report, time_pairs, float64=4 * step.plan.plain_peak_bytes <= free
@@ -66,12 +66,6 @@ def verify(
         return report
     finally:
         host.counts_steps = counted
-
-
-def _free_bytes(host: Host) -> int:
-    if host.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(host.device)[0])
-    return int(psutil.virtual_memory().available * 0.9)
 
 
 def _measured_peak(step: Step, batch: Any) -> int:

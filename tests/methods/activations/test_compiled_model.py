@@ -32,7 +32,7 @@ from slimgrad.methods.gradients.update_in_backward import UpdateInBackward
 from slimgrad.planning import compiled_variants, profiling
 from slimgrad.planning.offers import Allowed, schemes
 from slimgrad.planning.plan import Choice
-from slimgrad.planning.profiling import setting_of
+from slimgrad.planning.real_passes import setting_of
 from slimgrad.verifying.gradient import captured_gradients, relative_error, same_bits
 from slimgrad.verifying.verify import verify
 
