@@ -35,24 +35,37 @@ from slimgrad.cli.job_options import (
     is_flag=True,
     help="Say what binds, what memory is worth, and what more of it buys.",
 )
+@click.option(
+    "--layout",
+    is_flag=True,
+    help="Run a step under the plan and lay its tensors out in one arena: fragmentation, by rule.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def command(
     profile: Path | None,
     save: Path | None,
     html: Path | None,
     why: bool,
+    layout: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Plan a training step of MODEL within a budget. Nothing is trained; exit code 2 if nothing fits."""
+    from slimgrad.applying.step import apply
     from slimgrad.measuring.profile import Profile
     from slimgrad.planning.explain import explain
     from slimgrad.planning.plan import plan
     from slimgrad.planning.profiling import measure
     from slimgrad.training.job import loss_fn, open_job
     from slimgrad.training.memory_report import save_report
+    from slimgrad.verifying.layout import lay_out
 
+    if layout and profile is not None:
+        raise click.UsageError(
+            "--layout runs a step, which --profile has no model for: leave one out"
+        )
     spec = job_spec(options)
+    job = None
     if profile is not None:
         measured = Profile.load(profile)
     else:
@@ -66,8 +79,13 @@ def command(
     if html is not None:
         save_report(html, f"slimgrad plan {spec.model}", measured, made)
     reason = explain(measured, options["budget"], **plan_arguments(options)) if why else None
+    laid_out = None
+    if layout and job is not None:
+        with apply(made, job.model, job.optimizer, loss_fn) as step:
+            laid_out = lay_out(step, next(job.batches))
     if as_json:
         data = made.to_json() | ({"explanation": reason.to_json()} if reason else {})
+        data |= {"layout": laid_out.to_json()} if laid_out else {}
         click.echo(json.dumps(data, indent=2, default=str))
     else:
-        click.echo(str(made) if reason is None else f"{made}\n\n{reason}")
+        click.echo("\n\n".join(str(part) for part in (made, reason, laid_out) if part is not None))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimgrad.arena import Lifetimes
 from slimgrad.errors import SlimgradError
 from slimgrad.measuring.compiled_code import visible_buffers
 from slimgrad.measuring.tracker import Tracker
@@ -136,6 +137,19 @@ class Ledger:
     def columns(self) -> dict[Column, int]:
         """The most bytes that each column held at any instant; they need not be at the same instant."""
         return {c: int(live.max(initial=0)) for c, live in self.timeline.columns.items()}
+
+    @property
+    def num_operations(self) -> int:
+        """How many operations ran so far: the instant that it is."""
+        return self._tracker.tick
+
+    @property
+    def lifetimes(self) -> Lifetimes:
+        """Of each storage that was born while the ledger was entered: its bytes, and first and past-the-end instants."""
+        tracker, end = self._tracker, self._tracker.tick + 1
+        rows = zip(tracker.nbytes, tracker.birth, tracker.death, strict=True)
+        born = [(n, b, max(d if d >= 0 else end, b + 1)) for n, b, d in rows if b > 0 and n > 0]
+        return Lifetimes(*np.array(born, dtype=np.int64).reshape(-1, 3).T)
 
     @property
     def modules(self) -> dict[str, int]:
