@@ -88,7 +88,7 @@ def loss_by_rule(
     """As ``chunked_linear_cross_entropy``, with arguments already checked and gathered in ``rule``."""
     target_N = target.reshape(-1)
     x_ND = hidden.reshape(-1, hidden.shape[-1])
-    _check_targets(target_N, weight.shape[0], rule.ignore_index)
+    check_targets(target_N, weight.shape[0], rule.ignore_index)
     if backend == "torch":
         return _by_core(x_ND, weight, bias, target_N, rule)
     needs = tuple(
@@ -150,8 +150,8 @@ def _check_shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
         raise MethodError(f"expected bias [{weight.shape[0]}], found {tuple(bias.shape)}")
 
 
-def _check_targets(target_N: Tensor, num_classes: int, ignore_index: int) -> None:
-    """As torch: IndexError on the CPU; elsewhere the gather kernel's own assertion, without waiting for it."""
+def check_targets(target_N: Tensor, num_classes: int, ignore_index: int) -> None:
+    """As torch, ``IndexError`` on the CPU; elsewhere the gather kernel's own assertion, without waiting for it."""
     if target_N.device.type != "cpu" or isinstance(target_N, FakeTensor) or target_N.numel() == 0:
         return
     bad_N = ((target_N < 0) | (target_N >= num_classes)) & (target_N != ignore_index)

@@ -21,6 +21,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch._subclasses.fake_tensor import FakeTensor
 
 from slimgrad.errors import UnsupportedError
+from slimgrad.methods.loss.no_second import NoSecond
 
 Reduction = Literal["mean", "sum"]
 _ROWS = 4096
@@ -213,7 +214,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             scaled = [None if g is None else g * grad_loss.detach() for g in ctx.grads]
             if torch.is_grad_enabled():
                 links = [t for t in ctx.links if t is not None]
-                scaled = [None if g is None else _NoSecond.apply(g, *links) for g in scaled]
+                scaled = [None if g is None else NoSecond.apply(g, *links) for g in scaled]
             return (*scaled, *nothing)
         grads, ctx.grads, ctx.links = list(ctx.grads), None, None
         if _may_differ_from_one(grad_loss):
@@ -226,21 +227,3 @@ def _may_differ_from_one(grad_loss: Tensor) -> bool:
     if grad_loss.device.type != "cpu" or isinstance(grad_loss, FakeTensor):
         return True
     return grad_loss.item() != 1.0
-
-
-class _NoSecond(torch.autograd.Function):
-    """A gradient without a derivative of its own: asking for one must not pass for zero.
-
-    ``once_differentiable`` would not do: it reports only where the incoming gradient requires one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *links: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        raise UnsupportedError(
-            "the chunked loss takes its gradient in the forward pass: expected no derivative of its gradient, found "
-            "a double backward; use the plain loss for it"
-        )
