@@ -10,11 +10,9 @@ plain's. Every figure is of the machine that the line names.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,9 +20,9 @@ from typing import Any
 import numpy as np
 
 import slimgrad
+from rows import write_rows
 from slimgrad.comparing.peers import PEERS, Peer
 from slimgrad.comparing.zoo import Subject, subject
-from slimgrad.measuring.machine import this_machine
 from slimgrad.types import Column, format_bytes
 
 RESULTS = Path(__file__).parent / "results" / "activations.jsonl"
@@ -147,14 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    machine = asdict(this_machine())
-    lines = []
-    for name in chosen.models.split(","):
-        for row in bench(name, chosen.rounds):
-            row |= {"machine": machine, "date": datetime.date.today().isoformat()}
-            lines.append(json.dumps(row, default=str))
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text("\n".join(lines) + "\n")
+    write_rows(chosen.out, (bench(name, chosen.rounds) for name in chosen.models.split(",")))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ update after two steps, |dtheta - dtheta_plain| / |dtheta_plain|.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import slimgrad
-from slimgrad.measuring.machine import this_machine
+from rows import write_rows
 from slimgrad.training.job import JobSpec, loss_fn, open_job
 from slimgrad.types import format_bytes
 from slimgrad.verifying.gradient import relative_error
@@ -171,14 +168,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    machine = asdict(this_machine())
-    lines = []
-    for name in chosen.models.split(","):
-        for row in bench(name, chosen.pairs):
-            row |= {"machine": machine, "date": datetime.date.today().isoformat()}
-            lines.append(json.dumps(row, default=str))
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text("\n".join(lines) + "\n")
+    write_rows(chosen.out, (bench(name, chosen.pairs) for name in chosen.models.split(",")))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ process; errors are those of all gradients together, |g - g_plain| / |g_plain|.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,8 +20,8 @@ import torch
 from torch import nn
 
 import slimgrad
+from rows import write_rows
 from slimgrad.comparing.allocations import allocated_peak, held_bytes
-from slimgrad.measuring.machine import this_machine
 from slimgrad.types import format_bytes
 from slimgrad.verifying.gradient import captured_gradients, relative_error
 from slimgrad.verifying.snapshot import Snapshot
@@ -158,6 +155,21 @@ def planned(
     }
 
 
+def told(rows: list[dict[str, Any]], width: int) -> list[dict[str, Any]]:
+    for row in rows:
+        if "peak_bytes" not in row:
+            print(f"{width} {row['way']}: at least {format_bytes(row['smallest_bytes'])}")
+            continue
+        print(
+            f"{width} {row['way']} {'' if row.get('compiled', True) else '(not compiled)'}: peak "
+            f"{format_bytes(row['peak_bytes'])} (events {format_bytes(row['allocated_peak_bytes'])}) time "
+            f"{row['time_ratio']:.2f} first step {row['first_step_s']:.1f} s gradient error "
+            f"{row['gradient_error']:.1e} {row.get('methods', '')}",
+            flush=True,
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--widths", default="256,384")
@@ -165,22 +177,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    machine, lines = asdict(this_machine()), []
-    for width in map(int, chosen.widths.split(",")):
-        for row in bench(width, chosen.pairs, [b for b in chosen.budgets.split(",") if b]):
-            lines.append(json.dumps(row | {"machine": machine, "date": str(datetime.date.today())}))
-            if "peak_bytes" not in row:
-                print(f"{width} {row['way']}: at least {format_bytes(row['smallest_bytes'])}")
-                continue
-            print(
-                f"{width} {row['way']} {'' if row.get('compiled', True) else '(not compiled)'}: peak "
-                f"{format_bytes(row['peak_bytes'])} (events {format_bytes(row['allocated_peak_bytes'])}) time "
-                f"{row['time_ratio']:.2f} first step {row['first_step_s']:.1f} s gradient error "
-                f"{row['gradient_error']:.1e} {row.get('methods', '')}",
-                flush=True,
-            )
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text("\n".join(lines) + "\n")
+    budgets = [b for b in chosen.budgets.split(",") if b]
+    widths = map(int, chosen.widths.split(","))
+    write_rows(chosen.out, (told(bench(width, chosen.pairs, budgets), width) for width in widths))
 
 
 if __name__ == "__main__":
