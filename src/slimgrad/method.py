@@ -81,6 +81,12 @@ class OperationGraph:
     def _hash(self) -> int:
         return hash((self.num_bytes, self.is_saved, self.operations, self.stages))
 
+    @functools.cached_property
+    def untimed(self) -> OperationGraph:
+        """The same graph without seconds: equal for blocks that do the same at another pace."""
+        operations = tuple((0.0, reads, writes) for _, reads, writes in self.operations)
+        return OperationGraph(self.num_bytes, self.is_saved, operations, self.stages)
+
     @property
     def num_stages(self) -> int:
         """Over how many blocks the graph goes."""

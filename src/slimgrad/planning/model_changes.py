@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import TYPE_CHECKING
 
 from slimgrad.method import ModelRecord, Update
@@ -57,4 +58,5 @@ def model_changes(layout: Layout, record: ModelRecord) -> Changes:
 
 def _written_slot(layout: Layout, completed: int) -> int:
     """Where a gradient that is being written is gone at the latest: when the next one is complete."""
-    return min((s for s in layout.update_slot.values() if s > completed), default=layout.end) + 1
+    after = bisect.bisect_right(layout.update_slots, completed)
+    return (layout.update_slots[after] if after < len(layout.update_slots) else layout.end) + 1

@@ -112,15 +112,16 @@ def _writing(trace: Trace, call: int) -> list[int]:
 
 
 def repeated(stages: Stages, operations: CallOperations, schedule: tuple[int, ...]) -> Replayed:
-    """The backward pass of blocks that are run again as modules. Equal blocks share one replay."""
-    modules = _repeated(operations.graph, replace(stages, first=0), schedule)
+    """The backward pass of blocks that are run again as modules. Blocks that do the same share one replay."""
+    modules = _repeated(operations.graph.untimed, replace(stages, first=0), schedule)
     first = stages.first
+    timed = operations.graph.operations
     held = {s: modules.last + first for outside in operations.outside for s in outside}
     return Replayed(
         np.add(modules.rows, (0, first, first)),
         [(tick + first, nbytes) for tick, nbytes in modules.bursts],
         held,
-        modules.seconds,
+        sum((timed[index][0] for index in modules.ran), modules.num_runs * STAGE_S),
     )
 
 
@@ -153,7 +154,8 @@ class _Modules:
         self.last = max((a[2] for asked in stages.asked for a in asked), default=0)
         self.again: list[tuple[int, int, int]] = []
         self.bursts: list[tuple[int, int]] = []
-        self.seconds, self.live, self.peak = 0.0, 0, 0
+        self.ran: list[int] = []  # operations, by their index
+        self.num_runs = self.live = self.peak = 0
         for tick, stage, storage, gone in sorted(
             (tick, stage, storage, gone)
             for stage, asked in enumerate(stages.asked)
@@ -213,8 +215,8 @@ class _Modules:
             self.saved[stage] = {s: self._held(made[s]) for s in wanted if s in made}
         inside: list[_Copy] = []
         for index in self.operations[stage]:
-            seconds, _, writes = self.graph.operations[index]
-            self.seconds += seconds
+            _, _, writes = self.graph.operations[index]
+            self.ran.append(index)
             for storage in writes:
                 if storage not in made:
                     copy = made[storage] = _Copy(storage, tick, 1)
@@ -226,7 +228,7 @@ class _Modules:
             for copy in [c for c in inside if self.stages.gone_after[c.number] == index]:
                 inside.remove(copy)
                 self._drop(copy)
-        self.seconds += STAGE_S
+        self.num_runs += 1
         returned = self.stages.outputs[stage]
         for copy in before:
             self._drop(copy)

@@ -47,7 +47,7 @@ def replayed(
 ) -> Replayed:
     """The backward pass of a call that keeps the storages with the numbers ``keep``, and moves some, under a schedule.
 
-    Equal calls, whose backward asks in the same way, share one replay.
+    Calls that do the same, and whose backward asks in the same way, share one replay, however long they take.
     """
     kept, saved = frozenset(keep), call.graph.is_saved
     asked = {s: t for s, t in call.asked_at.items() if saved[s] and s not in kept}
@@ -56,7 +56,7 @@ def replayed(
         (s, tick - first, int(trace.death[call.storages[s]]) - first)
         for s, tick in sorted(asked.items())
     )
-    tape = _tape(call.graph, kept, frozenset(move).intersection(asked), schedule, ticks)
+    tape = _tape(call.graph.untimed, kept, frozenset(move).intersection(asked), schedule, ticks)
     last, operations = tape.last + first, call.graph.operations
     held = {storage: last for index in tape.needed for storage in call.outside[index]}
     reads = {s for index in tape.needed for s in operations[index][1]} & kept
@@ -65,7 +65,7 @@ def replayed(
         np.add(tape.rows, (0, first, first)),
         [(tick + first, nbytes) for tick, nbytes in tape.bursts],
         held,
-        tape.seconds,
+        sum((operations[index][0] + RUN_S for index in tape.ran), 0.0),
         tape.num_reads,
         tape.read_bytes,
     )
@@ -124,7 +124,7 @@ class _Tape:
         self.overdue: set[int] = set()  # held for other operations beyond that
         self.again: list[tuple[int, int, int]] = []
         self.bursts: list[tuple[int, int]] = []
-        self.seconds = 0.0
+        self.ran: list[int] = []  # operations, by their index
         in_order = sorted(ticks, key=lambda t: t[1])
         self.to_read = [s for s, _, _ in in_order if s in move]
         for wanted, tick, _ in in_order:
@@ -206,7 +206,7 @@ class _Tape:
         for index in recipe:
             self._becomes_due(index)
         for index in recipe:
-            self.seconds += graph.operations[index][0] + RUN_S
+            self.ran.append(index)
             for storage in (self._reads(index) & self.move) - self.here:
                 if storage not in self.ahead:
                     added.add(storage)

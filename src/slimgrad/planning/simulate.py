@@ -86,6 +86,7 @@ class Layout:
             name: int(self.at[tick]) + 1 + order[name]
             for name, (_, tick) in trace.gradients.items()
         }
+        self.update_slots = sorted(self.update_slot.values())
         # a gradient that was added to one of an earlier part is gone before the update, the trace says: after it
         self.added_to = {
             name: (trace.death == tick + 1) & (trace.nbytes == trace.nbytes[storage])
