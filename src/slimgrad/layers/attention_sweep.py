@@ -25,9 +25,12 @@ _EVERYTHING = slice(None)
 
 @dataclass(frozen=True)
 class Rule:
-    """How queries attend. ``seed`` is that of the first tile's dropout mask; chunks are in queries and keys."""
+    """How queries attend. ``seed`` is that of the first tile's dropout mask; chunks are in queries and keys.
 
-    scale: float
+    ``scale`` is 1/sqrt(D) where it is None.
+    """
+
+    scale: float | None
     query_chunk: int
     key_chunk: int
     dropout_p: float = 0.0
@@ -62,6 +65,7 @@ class KeySide:
         self.k_BKMD, self.v_BKME, self.bias, self.mask = key, value, bias, mask
         self.rule, self.region = rule, region
         self.work = work_dtype(key.dtype)
+        self.scale = max(1, key.shape[-1]) ** -0.5 if rule.scale is None else rule.scale
         self._generator: torch.Generator | None = None
 
     def attend(self, q_BKGND: Tensor, rows: slice, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,7 @@ class KeySide:
         that its probabilities are zero in the backward pass too.
         """
         lead = q_BKGND.shape[:-1]
-        q_PRD = _flat(q_BKGND.to(self.work) * self.rule.scale)
+        q_PRD = _flat(q_BKGND.to(self.work) * self.scale)
         out_PRE = q_PRD.new_zeros(*q_PRD.shape[:2], self.v_BKME.shape[-1])
         sum_PR1 = q_PRD.new_zeros(*q_PRD.shape[:2], 1)
         top_PR1, base_PR1 = torch.full_like(sum_PR1, -math.inf), sum_PR1
@@ -105,7 +109,7 @@ class KeySide:
         ``delta`` is the sum over ``E`` of output times its gradient ``grad``.
         """
         lead = q_BKGND.shape[:-1]
-        q_PRD, g_PRE = _flat(q_BKGND.to(self.work) * self.rule.scale), _flat(grad_BKGNE)
+        q_PRD, g_PRE = _flat(q_BKGND.to(self.work) * self.scale), _flat(grad_BKGNE)
         lse_PR1, delta_PR1 = _flat(lse_BKGN1), _flat(delta_BKGN1)
         grad_q_PRD = torch.zeros_like(q_PRD)
         for columns in self._columns(rows):
@@ -124,7 +128,7 @@ class KeySide:
                 target = cut(sums.bias, rows, columns)
                 target.add_(ds_PRM.view(*lead, -1).sum_to_size(target.shape))
             grad_q_PRD.baddbmm_(ds_PRM, k_PMD)
-        return grad_q_PRD.mul_(self.rule.scale).view(*lead, -1)
+        return grad_q_PRD.mul_(self.scale).view(*lead, -1)
 
     def _columns(self, rows: slice) -> Iterator[slice]:
         num_keys = self.k_BKMD.shape[2]

@@ -4,8 +4,8 @@ Formula: out_i = sum_j exp(s_ij - lse_i) v_j
     s = scale q k^T + bias, -inf where masked; lse_i = log sum_j exp(s_ij), both sums carried over chunks of keys
 Memory: temporaries hold two tiles of scores (query_chunk x key_chunk a head, three with dropout) in place of two
     to four N x M matrices a head; activations are the output and one number a query and head beside q, k and v. For one
-    head of 8,192 tokens and width 32 in float32 the ledger finds 4.8 MiB over the inputs, forward and backward,
-    against 769.0 MiB of plain attention: 159 times less (torch's fused kernel: 4.0 MiB), and linear in the length. A
+    head of 8,192 tokens and width 32 in float32 the ledger finds 4.9 MiB over the inputs, forward and backward,
+    against 769.0 MiB of plain attention: 158 times less (torch's fused kernel: 4.0 MiB), and linear in the length. A
     bias that needs a gradient costs that gradient. Working dtype: float32, or float64 for float64.
     Time: the scores are made once more in the backward pass, and chunks above the diagonal of causal attention are
     skipped. Forward and backward on one thread of an AMD EPYC server (torch 2.13, float32, 1,024 to 8,192 tokens): 0.41
@@ -30,15 +30,14 @@ References: Rabe and Staats, Self-attention Does Not Need O(n^2) Memory, arXiv 2
 
 from __future__ import annotations
 
-import math
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from slimgrad.errors import MethodError
+from slimgrad.layers.attention_arguments import drawn_seed, mask_and_bias
 from slimgrad.layers.attention_sweep import Rule
 from slimgrad.layers.chunked_attention import ChunkedAttention
 from slimgrad.layers.fused_attention import torch_is_lean
@@ -90,23 +89,16 @@ def memory_efficient_attention(
     _check_shapes(query, key, value, enable_gqa)
     _check_options(dropout_p, query_chunk, key_chunk, backend)
     query, key, value, attn_mask, bias = _as_autocast(query, key, value, attn_mask, bias)
-    mask, bias = _mask_and_bias(query, key, attn_mask, bias)
-    scale = 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else scale
+    mask, bias = mask_and_bias(attn_mask, bias, (*query.shape[:3], key.shape[2]))
     if backend == "torch" or (
         backend == "auto"
         and torch_is_lean(query, key, value, mask, bias, dropout_p, is_causal, enable_gqa)
     ):
         return _by_torch(query, key, value, mask, bias, dropout_p, is_causal, scale, enable_gqa)
     rule = Rule(
-        scale, query_chunk, key_chunk, dropout_p, is_causal, _seed(query) if dropout_p else 0
+        scale, query_chunk, key_chunk, dropout_p, is_causal, drawn_seed(query) if dropout_p else 0
     )
     return ChunkedAttention.apply(query, key, value, bias, mask, rule)  # type: ignore[no-any-return]
-
-
-def _seed(query: Tensor) -> int:
-    """One draw from torch's generator: what recomputation restores, and the only state that changes."""
-    drawn = torch.randint(2**62, (), device="cpu")
-    return 0 if isinstance(query, FakeTensor) or isinstance(drawn, FakeTensor) else int(drawn)
 
 
 def _by_torch(
@@ -117,7 +109,7 @@ def _by_torch(
     bias: Tensor | None,
     dropout_p: float,
     is_causal: bool,
-    scale: float,
+    scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
     if mask is not None and bias is not None:
@@ -138,40 +130,6 @@ def _by_torch(
         scale=scale,
         enable_gqa=enable_gqa,
     )
-
-
-def _mask_and_bias(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The boolean mask and what is added, each of four dimensions and 1 where broadcast."""
-    mask = None
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        mask = attn_mask
-    elif attn_mask is not None:
-        if bias is not None:
-            raise MethodError(
-                "expected a boolean attn_mask beside bias, found two that are added to the scores: give their sum"
-            )
-        bias = attn_mask
-    full = (*query.shape[:3], key.shape[2])
-    for name, given in (("attn_mask", mask), ("bias", bias)):
-        fits = given is None or (
-            given.dim() <= 4
-            and all(
-                size in (1, whole)
-                for size, whole in zip(given.shape[::-1], full[::-1], strict=False)
-            )
-        )
-        if not fits or (name == "bias" and given is not None and not given.is_floating_point()):
-            raise MethodError(
-                f"expected {name} that is boolean or floating-point and broadcasts to {full} (samples, heads, "
-                f"queries, keys), found {given.dtype} of shape {tuple(given.shape)}"  # type: ignore[union-attr]
-            )
-    return _four(mask), _four(bias)
-
-
-def _four(given: Tensor | None) -> Tensor | None:
-    return None if given is None else given[(None,) * (4 - given.dim())]
 
 
 def _as_autocast(
