@@ -110,13 +110,13 @@ def test_bytes_grow_as_the_length_to_the_power_of_one_and_a_half(pattern, recomp
     assert found[-1] < lengths[-1] ** 2 * 4 / 4  # a quarter of one matrix of scores
 
 
-LENGTH = 256  # bytes of a sequence: the stride is 16
+LENGTH = 144  # bytes of a sequence: the stride is 12
 
 
 class ByteModel(nn.Module):
     """A small causal Transformer over bytes."""
 
-    def __init__(self, attend, width=64, num_heads=4, depth=2):
+    def __init__(self, attend, width=48, num_heads=4, depth=2):
         super().__init__()
         self.attend, self.num_heads = attend, num_heads
         self.tokens, self.places = nn.Embedding(256, width), nn.Embedding(LENGTH, width)
@@ -150,11 +150,11 @@ def bits_per_byte(attend, steps):
     train, held_out = sequences.split([len(sequences) * 9 // 10, -(-len(sequences) // 10)])
     torch.manual_seed(0)
     model = ByteModel(attend)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps + 1)
     for _ in range(steps):
         optimizer.zero_grad()
-        model(train[torch.randint(len(train), (16,))]).backward()
+        model(train[torch.randint(len(train), (12,))]).backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
@@ -172,10 +172,10 @@ def test_text_takes_within_three_per_cent_of_the_bits_of_dense_attention():
     def fixed(query, key, value):
         return sparse_attention(query, key, value, pattern="fixed", summary=4)
 
-    bits = bits_per_byte(dense, steps=400)
-    assert bits_per_byte(sparse_attention, steps=400) <= 1.03 * bits
-    assert bits_per_byte(fixed, steps=400) <= 1.03 * bits
-    assert bits_per_byte(blind, steps=400) > 1.03 * bits
+    bits = bits_per_byte(dense, steps=500)
+    assert bits_per_byte(sparse_attention, steps=500) <= 1.03 * bits
+    assert bits_per_byte(fixed, steps=500) <= 1.03 * bits
+    assert bits_per_byte(blind, steps=500) > 1.03 * bits
 
 
 @pytest.mark.parametrize(
