@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from slimgrad.measuring.randomness import OutsideTorch
+from slimgrad.measuring.second_run import SecondRun
 from slimgrad.method import Block, Offer, Paper, Record, Refusal, Restore, Scope, Undo
-from slimgrad.methods.activations.second_run import SecondRun
 from slimgrad.types import Column, Exactness, format_bytes
 
 

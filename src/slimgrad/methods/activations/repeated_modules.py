@@ -21,9 +21,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from slimgrad.measuring.randomness import OutsideTorch
+from slimgrad.measuring.second_run import SecondRun
 from slimgrad.methods.activations.saved import Kept, is_plain, returned_tensors
 from slimgrad.methods.activations.schedules import Holding
-from slimgrad.methods.activations.second_run import SecondRun
 
 STAGE_S = 60e-6  # seconds that noting one block takes, and again running it again
 
