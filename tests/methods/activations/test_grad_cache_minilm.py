@@ -13,7 +13,7 @@ from slimgrad.training.models import load_model
 from slimgrad.training.text import text_source
 from slimgrad.types import Column
 
-PAIRS, CHUNK, TOKENS = 256, 16, 12
+PAIRS, CHUNK, TOKENS = 256, 16, 8
 
 
 @pytest.fixture(scope="module")
