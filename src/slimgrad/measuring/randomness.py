@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -77,3 +78,35 @@ def kept_randomness() -> Generator[None]:
         yield
     finally:
         state.restore()
+
+
+@dataclass(frozen=True)
+class NotedRandomness:
+    """The state of every global generator as plain bytes: no tensors that a ledger would count."""
+
+    cpu: bytes
+    cuda: tuple[bytes, ...]
+    outside: OutsideTorch
+
+    @staticmethod
+    def now(before: NotedRandomness | None = None) -> NotedRandomness:
+        """Read all of them; what is as it was ``before`` is shared with that."""
+        state = RandomState.now()
+        cuda = tuple(_bytes_of(one) for one in state.cuda)
+        outside = state.outside
+        if before is not None and before.outside.same_as(outside):
+            outside = before.outside
+        return NotedRandomness(_bytes_of(state.cpu), cuda, outside)
+
+    def restore(self) -> None:
+        """Set all of them."""
+        cpu, *cuda = (_as_state(one) for one in (self.cpu, *self.cuda))
+        RandomState(cpu, cuda, self.outside).restore()
+
+
+def _bytes_of(state: Tensor) -> bytes:
+    return ctypes.string_at(state.data_ptr(), state.nbytes)
+
+
+def _as_state(noted: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(noted), dtype=torch.uint8)
