@@ -1,0 +1,1 @@
+"""The room `methods/time`: gradients through sequences of states: ODEs, samplers, recurrences."""
