@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slimgrad.batches import map_named, map_tensors, named_tensors
 from slimgrad.errors import LossError
 from slimgrad.measuring.randomness import NotedRandomness, kept_randomness
-from slimgrad.methods.activations.second_run import SecondRun
+from slimgrad.measuring.second_run import SecondRun
 
 Scale = Callable[[Tensor], Tensor]
 """What is done with a loss before its backward: ``GradScaler.scale``, or a division."""
