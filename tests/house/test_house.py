@@ -12,7 +12,7 @@ ROOMS = [  # a room may import itself and those on earlier lines; rooms on one l
     {"errors"},
     {"types"},
     {"optimizers", "storage", "batches", "integer_programs"},
-    {"host", "streaming", "arena"},
+    {"host", "streaming", "arena", "single_backward"},
     {"method"},
     {"measuring", "kernels"},
     {"methods", "layers"},

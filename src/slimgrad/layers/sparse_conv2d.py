@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from slimgrad.errors import UnsupportedError
@@ -37,6 +36,7 @@ from slimgrad.layers.csr_pattern import (
 )
 from slimgrad.layers.sparse_linear import PAPER, CsrWeight
 from slimgrad.method import component
+from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 
 
@@ -104,7 +104,7 @@ class _SparseConvolution(torch.autograd.Function):
         return y_NOL.view(x_NCHW.shape[0], pattern.size[0], height, width)
 
     @staticmethod
-    @once_differentiable
+    @single_backward("SparseConv2d")
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (g_NOHW,) = grads
         (x_NCHW, values_Z), pattern, geometry = ctx.saved_tensors, ctx.pattern, ctx.geometry

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from slimgrad.layers.csr_pattern import (
     GRADIENT_COLUMNS,
@@ -35,6 +34,7 @@ from slimgrad.layers.csr_pattern import (
     times,
 )
 from slimgrad.method import Paper, component
+from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 
 PAPER = Paper(
@@ -69,7 +69,7 @@ class _SparseAffine(torch.autograd.Function):
         return y_NO
 
     @staticmethod
-    @once_differentiable
+    @single_backward("SparseLinear")
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (g_NO,) = grads
         (x_NI, values_Z), pattern = ctx.saved_tensors, ctx.pattern

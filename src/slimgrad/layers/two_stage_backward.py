@@ -29,6 +29,7 @@ from slimgrad.measuring.fake import faked
 from slimgrad.measuring.trace import checked_loss
 from slimgrad.measuring.tracker import Tracker
 from slimgrad.method import Paper, Undo, component
+from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -151,6 +152,7 @@ class _TwoStageLinear(torch.autograd.Function):
         return nn.functional.linear(x, linear.weight, bias)
 
     @staticmethod
+    @single_backward("TwoStageBackward")
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,), (x, weight) = grads, ctx.saved_tensors
         g_NO = g.reshape(-1, g.shape[-1])
@@ -174,6 +176,7 @@ class _TwoStageConvolution(torch.autograd.Function):
         return torch.convolution(x, weight, bias, *ctx.options)
 
     @staticmethod
+    @single_backward("TwoStageBackward")
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,), (x, weight), options = grads, ctx.saved_tensors, ctx.options
         both = torch.ops.aten.convolution_backward

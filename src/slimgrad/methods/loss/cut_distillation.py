@@ -26,7 +26,7 @@ from slimgrad.methods.loss.cut_cross_entropy import (
     tiling_for,
 )
 from slimgrad.methods.loss.cut_tiles import RunningSum, Tiling, accumulate, gradient_buffers
-from slimgrad.methods.loss.no_second import once
+from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 
 
@@ -118,13 +118,14 @@ class _Divergence(torch.autograd.Function):
         return apart_N / teacher.sum_N - teacher_lse_N + lse_N
 
     @staticmethod
+    @single_backward("cut_distillation")
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_N: Tensor
     ) -> tuple[Tensor | None, ...]:
         x_ND, w_VD, b_V, y_NE, u_VE, c_V, lse_N, teacher_lse_N = ctx.saved_tensors
         tiling: Tiling = ctx.tiling
         grads = gradient_buffers(x_ND, w_VD, b_V, ctx.needs_input_grad[:3], tiling.work_dtype)
-        with torch.no_grad(), torch.autocast(x_ND.device.type, enabled=False):
+        with torch.autocast(x_ND.device.type, enabled=False):
             for classes in tiling.spans(len(w_VD), tiling.vocab_block):
                 heads = (_part(w_VD, b_V, classes), _part(u_VE, c_V, classes))
                 w_RD, b_R = heads[0]
@@ -146,8 +147,7 @@ class _Divergence(torch.autograd.Function):
                     if grad is not None and total is not None:
                         grad[classes] = total.to(grad.dtype)
         grad_x = None if grads.hidden is None else grads.hidden.to(x_ND.dtype)
-        links = (x_ND, w_VD, b_V, grad_N)
-        return *once((grad_x, grads.weight, grads.bias), links), None, None, None, None
+        return grad_x, grads.weight, grads.bias, None, None, None, None
 
 
 def _part(weight: Tensor, bias: Tensor | None, classes: slice) -> tuple[Tensor, Tensor | None]:

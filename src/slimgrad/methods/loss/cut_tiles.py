@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgrad.methods.loss.no_second import once
+from slimgrad.single_backward import single_backward
 
 
 @dataclass(frozen=True)
@@ -219,15 +219,16 @@ class CutLogits(torch.autograd.Function):
         return aim_N, lse_N
 
     @staticmethod
+    @single_backward("the loss by tiles")
     def backward(  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         run: Any = _backward_by_kernel if ctx.tiling.uses_triton else backward_by_tiles
-        with torch.no_grad(), torch.autocast(grad_outputs[0].device.type, enabled=False):
+        with torch.autocast(grad_outputs[0].device.type, enabled=False):
             grads, _ = run(*saved, *grad_outputs, ctx.needs_input_grad[:3], ctx.tiling)
             grad_x = None if grads.hidden is None else grads.hidden.to(saved[0].dtype)
-        return *once((grad_x, grads.weight, grads.bias), (*saved[:3], *grad_outputs)), None, None
+        return grad_x, grads.weight, grads.bias, None, None
 
 
 def _forward_by_kernel(

@@ -21,7 +21,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch._subclasses.fake_tensor import FakeTensor
 
 from slimgrad.errors import UnsupportedError
-from slimgrad.methods.loss.no_second import NoSecond
+from slimgrad.single_backward import without_second
 
 Reduction = Literal["mean", "sum"]
 _ROWS = 4096
@@ -212,10 +212,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         nothing = (None,) * (len(ctx.needs_input_grad) - len(ctx.grads))
         if _get_current_graph_task_keep_graph():
             scaled = [None if g is None else g * grad_loss.detach() for g in ctx.grads]
-            if torch.is_grad_enabled():
-                links = [t for t in ctx.links if t is not None]
-                scaled = [None if g is None else NoSecond.apply(g, *links) for g in scaled]
-            return (*scaled, *nothing)
+            return (*without_second("the chunked loss", scaled, ctx.links), *nothing)
         grads, ctx.grads, ctx.links = list(ctx.grads), None, None
         if _may_differ_from_one(grad_loss):
             grads = [None if g is None else g.mul_(grad_loss) for g in grads]

@@ -35,6 +35,7 @@ from slimgrad.errors import ArgumentError, MethodError
 from slimgrad.method import Paper, component
 from slimgrad.methods.time.brownian import BrownianPath
 from slimgrad.methods.time.variance_preserving import Level, VariancePreserving
+from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 
 _LINEAR_BETA = VariancePreserving()
@@ -160,6 +161,7 @@ class _Sample(torch.autograd.Function):
         return x
 
     @staticmethod
+    @single_backward("adjoint_deis")
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, *inputs = ctx.saved_tensors
         a, sums = _solve_adjoint(ctx.run, x, gradients[0], inputs, ctx.has_z)

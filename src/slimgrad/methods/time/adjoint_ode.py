@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from slimgrad.errors import ArgumentError, MethodError, UnsupportedError
 from slimgrad.method import Paper, component
 from slimgrad.methods.time.chebyshev import barycentric, nodes, quadrature
+from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 
 ADJOINTS = ("backsolve", "interpolated", "checkpointed", "backprop")
@@ -228,6 +229,7 @@ class _Interpolated(torch.autograd.Function):
         return states_K[-1].clone()
 
     @staticmethod
+    @single_backward("AdjointODE")
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         block: AdjointODE = ctx.block
         nodes_K, states_K, *parameters = ctx.saved_tensors
@@ -271,6 +273,7 @@ class _Checkpointed(torch.autograd.Function):
         return x
 
     @staticmethod
+    @single_backward("AdjointODE")
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         block: AdjointODE = ctx.block
         grid, *saved = ctx.saved_tensors

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimgrad.errors import ArgumentError, MethodError
 from slimgrad.methods.time.variance_preserving import Level, VariancePreserving
+from slimgrad.single_backward import single_backward
 
 LINEAR_BETA = VariancePreserving()
 
@@ -129,6 +130,7 @@ class _CoupledSample(torch.autograd.Function):
         return x, y
 
     @staticmethod
+    @single_backward("coupled_sample")
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, y, *inputs = ctx.saved_tensors
         sums = [torch.zeros_like(i) for i in inputs]

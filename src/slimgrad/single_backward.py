@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimgrad.errors import UnsupportedError
+
+
+def single_backward(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate an autograd Function's ``backward(ctx, *gradients)``: it runs without a graph, and has no derivative."""
+
+    def decorated(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *gradients: Tensor) -> Any:
+            with torch.no_grad():
+                found = backward(ctx, *gradients)
+            if not torch.is_grad_enabled():
+                return found
+            sources = [t for t in (*gradients, *ctx.saved_tensors) if t is not None]
+            return without_second(name, found, [t for t in sources if t.requires_grad])
+
+        return run
+
+    return decorated
 
 
 def without_second(
@@ -34,6 +53,6 @@ class _NoSecond(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         raise UnsupportedError(
-            f"the backward pass of {ctx.name} runs its forward pass again in parts and has no derivative: expected "
-            "one backward pass, found a double backward; use the plain computation for it"
+            f"the backward pass of {ctx.name} is written out by hand and has no derivative: expected one backward "
+            "pass, found a double backward; use the plain computation for it"
         )
