@@ -217,7 +217,7 @@ def peak_of(depth, *, is_reversible=True, **options):
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"fixed_point": 30}])
+@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"fixed_point": 30}, {"wide": True}])
 def test_bytes_do_not_grow_with_depth(options):
     shallow, deep = peak_of(4, **options), peak_of(16, **options)
     assert deep == shallow
@@ -345,3 +345,25 @@ def test_floating_point_does_not_reconstruct_every_bit():
         chain_of(24, dtype=torch.float32), streams_of(dtype=torch.float32)
     ).values()
     assert min(errors[:12]) > 0
+
+
+def test_wide_streams_come_back_to_the_bit_under_scales_of_a_power_of_two():
+    errors = {}
+    for scale in (2.0**-5, 0.03):
+        for wide in (False, True):
+            torch.manual_seed(0)
+            chain = chain_of(6, dtype=torch.float32, scales=(scale, 1), rotate=True, wide=wide)
+            streams = streams_of(dtype=torch.float32)
+            (errors[scale, wide],) = reconstruction_error(chain, streams).values()
+            assert_gradients_match(chain, streams, limit=1e-5 if wide and scale != 0.03 else 1)
+    assert max(errors[2.0**-5, True]) == 0
+    assert 0 < max(errors[0.03, True]) < max(errors[0.03, False]) / 10
+    with pytest.raises(ArgumentError, match="found both"):
+        chain_of(2, wide=True, fixed_point=30)
+
+
+def test_wide_streams_of_float64_are_left_as_they_are():
+    chain, streams = chain_of(3, wide=True), streams_of()
+    found = chain(streams)
+    chain.wide = False
+    assert all(torch.equal(a, b) for a, b in zip(found, chain(streams), strict=True))

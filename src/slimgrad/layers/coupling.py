@@ -113,6 +113,38 @@ class Floating:
 FLOATING = Floating()
 
 
+class Wide(Floating):
+    """Streams are held in float64; functions see them in their own dtype, and what is below float64 is rounded.
+
+    With ``_GRID`` for what is added and a power of two for a scale, sums have an end within float64's 53 bits for
+    as long as (bits of the largest value) + 22 + log2(1 / scale) x (times a stream was scaled) <= 53: then
+    reconstruction is exact to the bit. Beyond that, errors grow from 1e-16. Float64 streams are as in ``Floating``.
+    """
+
+    def enter(self, stream: Tensor) -> Tensor:
+        """Rounded to the grid."""
+        return self._rounded(stream)
+
+    def leave(self, held: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rounded to ``dtype``, the same each time."""
+        return held.to(dtype)
+
+    def add(self, held: Tensor, change: Tensor, scale: float) -> Tensor:
+        """Of the change on the grid."""
+        return super().add(held, self._rounded(change), scale)
+
+    def subtract(self, held: Tensor, change: Tensor, scale: float) -> Tensor:
+        """Of the same change on the grid."""
+        return super().subtract(held, self._rounded(change), scale)
+
+    @staticmethod
+    def _rounded(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else torch.round(x.double() / _GRID) * _GRID
+
+
+_GRID = 2.0**-22  # float32's own at values from 2 to 4
+
+
 @dataclass(frozen=True)
 class FixedPoint:
     """Streams are int64 multiples of 2^-fraction_bits: additions, and so the inverse, are exact. Scales must be 1."""

@@ -7,7 +7,9 @@ Memory: activations are those of one output of the chain, whatever its depth (an
     Time: each function's forward pass once more.
 Exactness: exact: the gradient is autograd's at the reconstructed streams, whose rounding errors grow with depth by the
     functions' Lipschitz constants, and by 1 / s where scales are below 1. ``reconstruction_error`` measures it,
-    ``max_error`` refuses a chain above it. With ``fixed_point=b`` reconstruction is exact to the bit; then the
+    ``max_error`` refuses a chain above it. With ``wide``, streams below float64 are held in float64 on a grid of 2^-22:
+    reconstruction under scales of powers of two is exact to the bit until 53 bits are used up, and the forward
+    pass differs from the floating one by up to 2^-23 for each addition. With ``fixed_point=b`` reconstruction is exact to the bit; then the
     forward pass differs from the floating one by up to 2^-(b+1) for each addition, and the gradient is that of
     the rounded streams, straight through the rounding.
 Limits: double backward, functions that change their input in place or use parameters that are not theirs, and
@@ -29,7 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.errors import ArgumentError, UnsupportedError
-from slimgrad.layers.coupling import FLOATING, Arithmetic, BlockCall, FixedPoint, ReversibleBlock
+from slimgrad.layers.coupling import (
+    FLOATING,
+    Arithmetic,
+    BlockCall,
+    FixedPoint,
+    ReversibleBlock,
+    Wide,
+)
 from slimgrad.layers.recomputed_ahead import Ahead
 from slimgrad.layers.reversible_backward import Carried, Extras, Link, differentiate
 from slimgrad.measuring.randomness import kept_randomness
@@ -51,9 +60,9 @@ class ReversibleSequence(nn.Module):
     """Blocks of one number of streams, in a row; ``forward`` takes and returns a sequence of streams.
 
     ``max_error`` bounds the relative error of the reconstructed inputs, measured at the first forward pass with
-    gradients of each dtype and shape. ``fixed_point`` is a number of fraction bits. ``overlap`` reconstructs
-    a block on a second thread while the one after it is differentiated: off by default, on one core no gain. ``is_reversible = False`` keeps
-    everything, as plain autograd does.
+    gradients of each dtype and shape. ``fixed_point`` is a number of fraction bits; ``wide`` holds
+    the streams in float64. ``overlap`` reconstructs a block on a second thread while the one after it is
+    differentiated: off by default, on one core no gain. ``is_reversible = False`` keeps everything, as plain autograd does.
     """
 
     def __init__(
@@ -63,6 +72,7 @@ class ReversibleSequence(nn.Module):
         max_error: float | None = None,
         fixed_point: int | None = None,
         overlap: bool = False,
+        wide: bool = False,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -71,9 +81,14 @@ class ReversibleSequence(nn.Module):
             raise ArgumentError(f"expected blocks of one number of streams, found {sorted(counts)}")
         if fixed_point is not None and any(set(b.scales) != {1.0} for b in self._blocks()):
             raise ArgumentError("expected scales of 1 with fixed_point: other products lose bits")
+        if fixed_point is not None and wide:
+            raise ArgumentError(
+                "expected fixed_point or wide, found both: streams are held one way"
+            )
         self.max_error = max_error
         self.fixed_point = fixed_point
         self.overlap = overlap
+        self.wide = wide
         self.is_reversible = True
         self._measured: set[Any] = set()
 
@@ -88,7 +103,9 @@ class ReversibleSequence(nn.Module):
 
     def arithmetic(self) -> Arithmetic:
         """How streams are held between blocks."""
-        return FLOATING if self.fixed_point is None else FixedPoint(self.fixed_point)
+        if self.fixed_point is not None:
+            return FixedPoint(self.fixed_point)
+        return Wide() if self.wide else FLOATING
 
     def _blocks(self) -> list[ReversibleBlock]:
         return [block for block in self.blocks if isinstance(block, ReversibleBlock)]
