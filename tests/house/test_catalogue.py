@@ -65,7 +65,7 @@ from slimgrad.types import Column, Exactness
 class Other: pass
 
 @component(Column.TEMPORARIES, Exactness.EXACT, Paper("On pages", "A. Byron", 1843, "1843.00002"))
-def {name}(values, chunk=8, *, causal=False):
+def {name}(values, chunk=8, *, causal=False, reduce=sum):
     '''A function for tests.'''
 """
 LAYER = """
@@ -207,7 +207,7 @@ def test_components_are_functions_and_layers_that_declare_themselves(package):
     )
     assert list(found) == ["folded_block", "running_softmax"]
     told = describe(found["running_softmax"])
-    assert told["fields"] == {"chunk": 8, "causal": False}
+    assert told["fields"] == {"chunk": 8, "causal": False, "reduce": "sum"}
     assert told["column"] == "temporaries"
     assert told["paper"]["arxiv"] == "1843.00002"
     assert offered_to(told) == "for your code"
