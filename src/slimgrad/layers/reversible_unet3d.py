@@ -7,8 +7,9 @@ Memory: activations of a level are those of one output of its chain, whatever it
 Exactness: exact: the gradient is autograd's at the reconstructed streams, up to rounding.
 Limits: widths are even; sides of a volume are divisible by 2^(levels - 1).
 References: Pendse et al., Memory Efficient 3D U-Net with Reversible Mobile Inverted Bottlenecks for Brain Tumor
-    Segmentation. *departs:* levels are joined by max pooling and trilinear upsampling with 1x1x1 convolutions,
-    normalization is of one group, and the activation is ReLU6.
+    Segmentation, abstract: reversible inverted bottlenecks in a U-Net. *departs:* what the abstract leaves open is chosen
+    here, and may differ from the paper's: group norm of one group, ReLU6, max pooling and trilinear upsampling with
+    1x1x1 convolutions between levels, skips that are added.
 """
 
 from __future__ import annotations
