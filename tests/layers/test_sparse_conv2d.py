@@ -35,7 +35,7 @@ def of_masked_dense(conv, mask, x, g):
 
 
 def assert_agrees(layer, conv, x):
-    """At most a few times the dense convolution's own distance to float64, relative to the largest entry."""
+    """At most a few times the dense convolution's own distance to float64, or rounding of as many terms as are summed."""
     mask = layer.to_dense().weight != 0
     g = torch.randn_like(conv(x))
     plain = of_masked_dense(conv, mask, x, g)
@@ -47,7 +47,8 @@ def assert_agrees(layer, conv, x):
         assert ours.dtype == dense.dtype
         own = (dense.double() - exact).abs().max()
         eps = torch.finfo(ours.dtype).eps
-        assert (ours.double() - exact).abs().max() <= 4 * own + 8 * eps * exact.abs().max()
+        rounding = eps * (8 * exact.abs().max() + 2 * g.numel() / g.shape[1])
+        assert (ours.double() - exact).abs().max() <= 4 * own + rounding
 
 
 @settings(max_examples=40, deadline=None)
@@ -141,6 +142,6 @@ def test_what_is_refused():
         layer(torch.randn(2, 4, 8, 8).bfloat16())
     x = torch.randn(1, 4, 8, 8, requires_grad=True)
     (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(UnsupportedError, match="double backward"):
         first.sum().backward()
     assert functional.conv2d(x, layer.to_dense().weight).shape == layer(x).shape

@@ -76,6 +76,7 @@ def cut_preference(
     The references' are constants. ``label_smoothing`` is the share of pairs whose labels are believed to be wrong.
     A scalar, or ``[B]``. Raises ``MethodError`` for shapes or bounds.
 
+    >>> import torch
     >>> same = torch.zeros(2)
     >>> bool(cut_preference(same, same, same, same) == torch.tensor(2.0).log())
     True
