@@ -130,9 +130,9 @@ def _placed(lifetimes: Lifetimes, order: np.ndarray, *, lowest: bool = False) ->
 
 
 def climbed(lifetimes: Lifetimes, *, tries: int = 60) -> np.ndarray:
-    """The better greedy order, in which what lies on top of the arena is placed earlier and earlier while that helps."""
+    """By breadth, or by size with what lies on top of the arena placed earlier and earlier: the best of all tries."""
     order = np.lexsort((lifetimes.birth, -lifetimes.nbytes))
-    best = min((greedy_by_size(lifetimes), greedy_by_breadth(lifetimes)), key=_sizing(lifetimes))
+    best = greedy_by_breadth(lifetimes)
     bound = lifetimes.bound
     for _ in range(tries):
         offsets = _placed(lifetimes, order)
@@ -264,10 +264,6 @@ def _best_of_few(lifetimes: Lifetimes, limit_s: float) -> np.ndarray:
         return by_programme(lifetimes, limit_s=limit_s)
     except ValueError:
         return climbed(lifetimes)
-
-
-def _sizing(lifetimes: Lifetimes) -> Callable[[np.ndarray], int]:
-    return lambda offsets: size_of(lifetimes, offsets)
 
 
 RULES: Mapping[str, Callable[[Lifetimes], np.ndarray]] = {

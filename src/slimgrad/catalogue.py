@@ -261,13 +261,10 @@ def _fields(method: Any) -> dict[str, Any]:
 
 def _arguments(defined: Callable[..., Any]) -> dict[str, Any]:
     parameters = inspect.signature(defined).parameters.values()
+    given = {p.name: p.default for p in parameters if p.default is not p.empty}
     return {
-        p.name: getattr(
-            p.default, "__name__", p.default
-        )  # a function's address is nobody's concern
-        for p in parameters
-        if p.default is not p.empty
-    }
+        name: getattr(value, "__name__", value) for name, value in given.items()
+    }  # of functions
 
 
 def bibtex(method: Method | Callable[..., Any]) -> str:

@@ -243,11 +243,7 @@ def _moved(out: Any, places: Sequence[Tensor | None]) -> Any:
     return tree_map_only(Tensor, move, out)
 
 
-_COPIES = {
-    torch.ops.aten.clone.default,
-    torch.ops.aten._to_copy.default,
-    torch.ops.aten.contiguous.default,
-}
+_COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgrad.errors import SlimgradError
+from slimgrad.measuring.randomness import generators_on, noted_state, rewind
 from slimgrad.measuring.second_run import SecondRun
 
 
@@ -37,14 +37,14 @@ class ReplayedCall:
             for kind in kinds
             if torch.amp.is_autocast_available(kind)
         ]
-        generators = _generators(self._device)
-        before = [(generator, _bytes_of(generator)) for generator in generators]
+        generators = generators_on(self._device)
+        before = [(generator, noted_state(generator)) for generator in generators]
         with self._autocast_as_first(), ExitStack() as stack:
             if self._second_run is not None:
                 stack.enter_context(self._second_run.first_run(None))
                 stack.enter_context(self._second_run.observing())
             result = call()
-        self._random = [(g, state) for g, state in before if _bytes_of(g) != state]
+        self._random = [(g, state) for g, state in before if noted_state(g) != state]
         return result
 
     def again(self, call: Callable[[], Tensor]) -> Tensor:
@@ -73,14 +73,14 @@ class ReplayedCall:
 
     @contextmanager
     def _drawing_as_first(self) -> Generator[None]:
-        now = [(generator, _bytes_of(generator)) for generator, _ in self._random]
+        now = [(generator, noted_state(generator)) for generator, _ in self._random]
         try:
             for generator, state in self._random:
-                _restore(generator, state)
+                rewind(generator, state)
             yield
         finally:
             for generator, state in now:
-                _restore(generator, state)
+                rewind(generator, state)
 
     @contextmanager
     def _modes_as_first(self) -> Generator[None]:
@@ -100,21 +100,3 @@ def _is_watched(module: nn.Module) -> bool:
         m._buffers or (m is not module and (m._forward_hooks or m._forward_pre_hooks))
         for m in module.modules()
     )
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    found = [torch.default_generator]
-    if device.type == "cuda" and torch.cuda.is_initialized():
-        index = device.index if device.index >= 0 else torch.cuda.current_device()
-        found.append(torch.cuda.default_generators[index])
-    return found
-
-
-def _bytes_of(generator: torch.Generator) -> bytes:
-    """A generator's state, no tensor: a ledger counts what lives on the device."""
-    state = generator.get_state()
-    return ctypes.string_at(state.data_ptr(), state.nbytes)
-
-
-def _restore(generator: torch.Generator, state: bytes) -> None:
-    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+
+from slimgrad.measuring.randomness import generators_on, noted_state, rewind
 
 RandomStates: TypeAlias = tuple[bytes, ...]
 
@@ -17,17 +18,13 @@ class Draws:
     """The generators that operations on ``device`` draw from, and the states that were noted of them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            index = torch.empty(0, device=device).device.index
-            self._generators.append(torch.cuda.default_generators[index])
+        self._generators = generators_on(device)
         self._noted: RandomStates = ()
 
     def note(self) -> RandomStates:
         """The states now; the same object as last time where nothing was drawn since."""
         with _disable_current_modes():
-            states = [generator.get_state() for generator in self._generators]
-            now = tuple(ctypes.string_at(state.data_ptr(), state.nbytes) for state in states)
+            now = tuple(map(noted_state, self._generators))
         if now != self._noted:
             self._noted = now
         return self._noted
@@ -45,4 +42,4 @@ class Draws:
         """Set the generators to ``states``."""
         with _disable_current_modes():
             for generator, state in zip(self._generators, states, strict=True):
-                generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+                rewind(generator, state)

@@ -17,8 +17,9 @@ Limits: double backward, functions that change their input in place or use param
     numbers are not replayed.
 References: Gomez et al., The Reversible Residual Network, section 3.1 and algorithm 1 (two streams); Zhao et al.,
     Memory-Efficient Differentiable Transformer Architecture Search, abstract (n streams, reconstructed from the last
-    outputs). *departs:* how several streams come into a function the abstract leaves open: here it is given their mean; one autograd node a block, so that gradients of a block's
-    parameters are complete, and may be used up, before the next block is reconstructed.
+    outputs). *departs:* how several streams come into a function the abstract leaves open: here it is given their
+    mean; one autograd node a block, so that gradients of a block's parameters are complete, and may be used up,
+    before the next block is reconstructed.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ Formula: y_n = W X_n, X_n the columns of the patches of image n; dx_n = fold(W^T
 Memory: weights are one value and 12 bytes of indices a nonzero; gradient and optimizer state have one entry a
     nonzero. Saved for backward: the input, as in a dense layer. Temporaries: the patches of one image (kernel height x
     width times the image where strides are 1; a 1x1 kernel of stride 1 needs none), and a copy of the values. Time: what
-    follows the nonzeros comes on top of making the patches, which does not. ``break_even_sparsity`` on one thread of an
-    AMD EPYC with AVX2 (torch 2.13, November 2026, a busy machine), 14 x 14 images of 256 channels: 0.93 to 0.97 with
-    a 3x3 kernel, 0.87 to 0.92 with 1x1; no gain at all with 64 channels, 3x3, 28 x 28: twice the time at 0.98.
+    follows the nonzeros comes on top of making the patches, which does not: with few channels and large images no
+    sparsity pays. ``break_even_sparsity`` tells on your machine.
 Exactness: exact: sums over nonzeros, in another order than the dense convolution.
 Limits: on the CPU, in float32 or float64 (autocast runs it in float32); no groups, padding with zeros that is the same
     on both sides: anything else raises ``UnsupportedError``; which weights are nonzero stays as it was made; no second
@@ -162,9 +161,7 @@ class SparseConv2d(CsrWeight):
         pairs: dict[str, Any] = {"padding": g.padding, "stride": g.stride, "dilation": g.dilation}
         has_bias, kernel = self.bias is not None, (g.kernel[0], g.kernel[1])
         dense = nn.Conv2d(channels, outputs, kernel, bias=has_bias, **pairs)
-        dense.weight = nn.Parameter(self.pattern.dense(self.values).view(self.shape))
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
+        self.fill(dense)
         return dense
 
     def forward(self, x: Tensor) -> Tensor:

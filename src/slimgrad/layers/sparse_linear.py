@@ -5,9 +5,8 @@ Memory: weights are one value and 12 bytes of indices a nonzero (column, and col
     dense weight has 4 bytes an entry); gradient and optimizer state have one entry a nonzero. Saved for backward: the
     input, as in a dense layer. Temporaries: 64 rows of inputs and outputs, transposed; in the weight gradient 512; in
     the input gradient a copy of the values. Time: sparsity has to pass a break-even, which depends on the
-    machine and the shape (``break_even_sparsity`` measures it): 0.86 to 0.91 for 512 rows and layers of 1024 x 1024,
-    384 x 1536 and 1536 x 384 on one thread of an AMD EPYC with AVX2 (torch 2.13, November 2026, a busy machine), 0.5
-    to 0.8 of the dense time at 0.95.
+    machine and the shape (``break_even_sparsity`` measures it). At 0.95, 512 rows and 1024 x 1024 weights on two cores:
+    0.87 of the time of a dense layer under a mask (benchmarks/results/methods.jsonl).
 Exactness: exact: sums over nonzeros, in another order than the dense products.
 Limits: on the CPU, in float32 or float64 (autocast runs it in float32): anything else raises ``UnsupportedError``;
     which weights are nonzero stays as it was made; no second derivatives. In a trace on fake tensors its products
@@ -102,6 +101,13 @@ class CsrWeight(nn.Module):
         index: Any = self
         return CsrPattern(self.size, index.crow, index.col, index.crow_t, index.col_t, index.order)
 
+    def fill(self, dense: nn.Linear | nn.Conv2d) -> None:
+        """Give a dense layer this weight, zeros and all, and the bias."""
+        weight = self.pattern.dense(self.values).view(dense.weight.shape)
+        dense.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone())
+
     @property
     def sparsity(self) -> float:
         """The share of zeros."""
@@ -128,9 +134,7 @@ class SparseLinear(CsrWeight):
         """A dense layer that computes the same, zeros and all."""
         num_outputs, num_inputs = self.size
         dense = nn.Linear(num_inputs, num_outputs, bias=self.bias is not None)
-        dense.weight = nn.Parameter(self.pattern.dense(self.values))
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
+        self.fill(dense)
         return dense
 
     def forward(self, x: Tensor) -> Tensor:

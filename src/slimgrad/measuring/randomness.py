@@ -104,6 +104,25 @@ class NotedRandomness:
         RandomState(cpu, cuda, self.outside).restore()
 
 
+def generators_on(device: torch.device) -> list[torch.Generator]:
+    """The global generators that operations on ``device`` draw from: the CPU's, and its own."""
+    found = [torch.default_generator]
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
+        found.append(torch.cuda.default_generators[index])
+    return found
+
+
+def noted_state(generator: torch.Generator) -> bytes:
+    """A generator's state, no tensor: a ledger counts what lives on the device."""
+    return _bytes_of(generator.get_state())
+
+
+def rewind(generator: torch.Generator, noted: bytes) -> None:
+    """Set a generator to what ``noted_state`` gave."""
+    generator.set_state(_as_state(noted))
+
+
 def _bytes_of(state: Tensor) -> bytes:
     return ctypes.string_at(state.data_ptr(), state.nbytes)
 

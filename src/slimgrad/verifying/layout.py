@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from slimgrad.applying.first_steps import NUM_MEASURED
 from slimgrad.applying.step import Step
 from slimgrad.arena import Lifetimes, layouts
 from slimgrad.measuring.blocks import cut
 from slimgrad.measuring.ledger import Ledger
 from slimgrad.types import format_bytes
-from slimgrad.verifying.snapshot import Snapshot
+from slimgrad.verifying.trial import tried
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,19 @@ def lay_out(step: Step, batch: Any) -> StepLayout:
 
     ``first fit`` is what an allocator does that places each tensor when it comes; the others know all lifetimes.
     """
-    with step.suspended():
-        snapshot = Snapshot(step.host.model, step.host.optimizer)
-    counted, step.host.counts_steps = step.host.counts_steps, False
     borders: list[int] = []
-    try:
-        for _ in range(NUM_MEASURED - 1):
-            step(batch)
-        with step.ledger(batch) as ledger:
-            handles = [_noting(m, ledger, borders) for m in _blocks(step.host.model)]
-            try:
-                step(batch)
-            finally:
-                for handle in handles:
-                    handle.remove()
-        return layout_of(ledger.lifetimes, sorted(set(borders)))
-    finally:
-        step.host.counts_steps = counted
-        with step.suspended():
-            snapshot.restore()
+
+    @contextmanager
+    def watching(ledger: Ledger) -> Generator[None]:
+        handles = [_noting(m, ledger, borders) for m in _blocks(step.host.model)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    ledger = tried(step, batch, watching)
+    return layout_of(ledger.lifetimes, sorted(set(borders)))
 
 
 def layout_of(lifetimes: Lifetimes, borders: list[int]) -> StepLayout:

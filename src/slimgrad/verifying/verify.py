@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgrad.applying.first_steps import NUM_MEASURED
 from slimgrad.applying.step import Step
 from slimgrad.host import Host
 from slimgrad.measuring.machine import free_bytes
@@ -31,6 +30,7 @@ from slimgrad.verifying.gradient import (
 )
 from slimgrad.verifying.report import Report
 from slimgrad.verifying.snapshot import Snapshot
+from slimgrad.verifying.trial import restore, tried
 
 
 def verify(
@@ -47,7 +47,7 @@ def verify(
     host = step.host
     counted, host.counts_steps = host.counts_steps, False
     try:
-        peak = _measured_peak(step, batch)
+        peak = tried(step, batch).peak_bytes
         report = Report(
             peak_bytes=peak,
             predicted_peak_bytes=step.plan.peak_bytes,
@@ -66,24 +66,6 @@ def verify(
         return report
     finally:
         host.counts_steps = counted
-
-
-def _measured_peak(step: Step, batch: Any) -> int:
-    with step.suspended():
-        snapshot = Snapshot(step.host.model, step.host.optimizer)
-    try:
-        for _ in range(NUM_MEASURED - 1):
-            step(batch)
-        with step.ledger(batch) as ledger:  # like all that follow
-            step(batch)
-    finally:
-        _restore(step, snapshot)
-    return ledger.peak_bytes
-
-
-def _restore(step: Step, snapshot: Snapshot) -> None:
-    with step.suspended():
-        snapshot.restore()
 
 
 def _plain_once(host: Host, batch: Any, *, update: bool = True) -> Outcome:
@@ -236,7 +218,7 @@ def _time_ratio(step: Step, batch: Any, pairs: int) -> float:
         slim_s.append(_timed(lambda: step(batch)))
         with step.suspended():
             plain_s.append(_timed(lambda: _plain_once(host, batch)))
-    _restore(step, snapshot)
+    restore(step, snapshot)
     return median(slim_s) / median(plain_s)
 
 

@@ -6,8 +6,7 @@ Memory: temporaries are one tile of logits; saved are the hidden states, the wei
     token. ``chunked_cross_entropy`` holds the weight's gradient from the loss on; here it is made in backward.
 Exactness: exact with ``filter_eps=None``; with a threshold each entry of the gradient in the logits that is left out
     is below it. ``"auto"`` is a 32nd of the dtype's own spacing at 1 (2^-12 in bfloat16): less than its rounding.
-Limits: targets are class numbers; no double backward; Triton needs CUDA and float32 or less; without a softcap alone,
-    label smoothing.
+Limits: targets are class numbers; no double backward; the kernel sums in float32; label smoothing goes without softcap.
 References: Wijmans et al. (2024), algorithms 1 to 3, and their repository ml-cross-entropy for the thresholds.
     *departs:* a tile with a target in it is always computed; classes are sorted by their mean logit in backward only.
 """

@@ -231,16 +231,22 @@ class CutLogits(torch.autograd.Function):
         return grad_x, grads.weight, grads.bias, None, None
 
 
+def _operands(
+    x_ND: Tensor, w_VD: Tensor, b_V: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a kernel reads, in the dtype of its products, rows one after the other."""
+    bias = None if b_V is None else b_V.to(dtype).contiguous()
+    return x_ND.to(dtype).contiguous(), w_VD.to(dtype).contiguous(), bias
+
+
 def _forward_by_kernel(
     x_ND: Tensor, w_VD: Tensor, b_V: Tensor | None, target_N: Tensor, tiling: Tiling
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     from slimgrad.kernels.cut_logits import lse_by_kernel
 
-    low = [None if t is None else t.to(tiling.matmul_dtype).contiguous() for t in (x_ND, w_VD, b_V)]
-    assert low[0] is not None
-    assert low[1] is not None
+    x_ND, w_VD, b_V = _operands(x_ND, w_VD, b_V, tiling.matmul_dtype)
     return lse_by_kernel(
-        low[0], low[1], low[2], target_N,
+        x_ND, w_VD, b_V, target_N,
         scale=tiling.scale, softcap=tiling.softcap, wants_total=tiling.filter_below > 0,
     )  # fmt: skip
 
@@ -259,11 +265,9 @@ def _backward_by_kernel(
 ) -> tuple[Gradients, int]:
     from slimgrad.kernels.cut_logits import gradient_by_kernel
 
-    low = [None if t is None else t.to(tiling.matmul_dtype).contiguous() for t in (x_ND, w_VD, b_V)]
-    assert low[0] is not None
-    assert low[1] is not None
+    operands = _operands(x_ND, w_VD, b_V, tiling.matmul_dtype)
     (dx, dw, db), skipped = gradient_by_kernel(
-        low[0], low[1], low[2], target_N, lse_N, order_V, g_aim_N, g_lse_N, needs,
+        *operands, target_N, lse_N, order_V, g_aim_N, g_lse_N, needs,
         scale=tiling.scale, softcap=tiling.softcap, filter_below=tiling.filter_below,
     )  # fmt: skip
     dw = None if dw is None else dw.to(w_VD.dtype)
