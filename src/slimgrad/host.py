@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimgrad.coding.code import Code
 from slimgrad.optimizers import plain_step, step_parameter
 from slimgrad.types import Column
 
@@ -81,6 +82,8 @@ class Host:
         self.in_last_share = True  # gradients complete only in the last share of a step
         # staging buffers of methods, for the ledger
         self.owned: list[tuple[Column, Tensor]] = []
+        # for each block, by its path, the codes in which saved storages are kept, by their number
+        self.codes: dict[str, dict[int, Code]] = {}
         self.gradient_order: list[
             Tensor
         ] = []  # parameters, in the order in which gradients completed last step

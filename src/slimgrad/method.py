@@ -17,12 +17,24 @@ import enum
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    runtime_checkable,
+)
 
+from slimgrad.coding.code import Use
 from slimgrad.types import Column, Exactness
 
 if TYPE_CHECKING:
     from slimgrad.host import Host
+
+Setting: TypeAlias = tuple[str, tuple[tuple[str, Any], ...]]
+"""A method's name and its fields."""
 
 _Thing = TypeVar("_Thing", bound=Callable[..., Any])
 
@@ -66,13 +78,15 @@ class OperationGraph:
 
     ``num_bytes`` and ``is_saved`` (does backward ask for it?) have one entry a storage; ``operations`` are
     (seconds, storages read, storages written), what comes from outside the block left out. Of several blocks in a
-    row, ``stages`` tells for each operation which one it belongs to.
+    row, ``stages`` tells for each operation which one it belongs to. ``uses`` says of each saved storage what backward
+    does with it (None: not known, or not saved).
     """
 
     num_bytes: tuple[int, ...]
     is_saved: tuple[bool, ...]
     operations: tuple[tuple[float, tuple[int, ...], tuple[int, ...]], ...]
     stages: tuple[int, ...] = ()
+    uses: tuple[Use | None, ...] = ()
 
     def __hash__(self) -> int:
         return self._hash
@@ -144,6 +158,28 @@ class CompiledCost:
 
 
 @dataclass(frozen=True)
+class CodedStorage:
+    """A saved storage, by its number, that is kept as a code of ``num_bytes``, and the seconds that takes."""
+
+    number: int
+    num_bytes: int
+    encode_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class CodingCost:
+    """What one setting of a method that keeps codes was measured to cost on a block.
+
+    Seconds for an element, and by how much the whole step's gradient changes: the square of the relative L2 error.
+    """
+
+    encode_s: float
+    decode_s: float
+    squared_error: float
+
+
+@dataclass(frozen=True)
 class Record:
     """One block as measured, or as a method would make it. Bytes and seconds.
 
@@ -166,6 +202,9 @@ class Record:
     graph: OperationGraph | None = None  # None: its calls differ from one another
     kept: tuple[int, ...] = ()  # storages that stay, by number, where operations are run again
     moved: tuple[int, ...] = ()  # and those that are copied out of memory and back
+    coded: tuple[CodedStorage, ...] = ()  # and those that are kept as codes
+    squared_error: float = 0.0  # of the whole gradient, relative, that codes on this block bring
+    coding: Mapping[Setting, CodingCost] = field(default_factory=dict)  # as measured on this block
     schedule: tuple[int, ...] = ()  # and, over several blocks in a row, what is held meanwhile
     are_repeatable: bool = False  # whether blocks in a row can be run again as modules,
     by_modules: bool = False  # and whether they are

@@ -33,6 +33,11 @@ _PLAN = (
         help="The loosest rung allowed.",
     ),
     click.option(
+        "--error",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Of the gradient, relative, that the rungs unbiased and approximate may bring; default: 0.05.",
+    ),
+    click.option(
         "--allow", multiple=True, help="A method of rung 'different' to allow; repeatable."
     ),
     click.option("--clip-grad-norm", type=float, help="Clip the gradient's global norm."),
@@ -73,6 +78,7 @@ def plan_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """What ``slimgrad.plan`` takes, among a command's options, the budget apart."""
     return {
         "exactness": options["exactness"],
+        "error": options["error"],
         "allow": options["allow"],
         "clip_grad_norm": options["clip_grad_norm"],
         "allow_compile": options["allow_compile"],
@@ -82,8 +88,12 @@ def plan_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 def measure_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """What ``slimgrad.measure`` takes, among a command's options."""
+    from slimgrad.planning.plan import needs_sensitivity
+
     is_bitwise = options["exactness"] == "bitwise"  # which compiled code never is
     return {
+        "sensitivity": needs_sensitivity(options["exactness"], options["error"]),
+        "progress": lambda text: click.echo(text, err=True),
         "allow_compile": False if is_bitwise else options["allow_compile"],
         "steps": options.get("steps"),
     }

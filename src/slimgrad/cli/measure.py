@@ -21,6 +21,11 @@ from slimgrad.cli.job_options import job_options, job_spec
     show_default=True,
     help="Compile blocks too (10-40 s each kind), so that plans from this profile may use them.",
 )
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Also what each code of saved tensors does to the gradient, block by block.",
+)
 @click.option("--html", type=click.Path(path_type=Path), help="Write an HTML report here.")
 @click.option(
     "--save", type=click.Path(path_type=Path), help="Write the profile here, for 'slimgrad plan'."
@@ -29,6 +34,7 @@ from slimgrad.cli.job_options import job_options, job_spec
 def command(
     fake: bool,
     allow_compile: bool,
+    sensitivity: bool,
     html: Path | None,
     save: Path | None,
     as_json: bool,
@@ -40,6 +46,8 @@ def command(
     from slimgrad.training.job import loss_fn, open_fake_job, open_job
     from slimgrad.training.memory_report import save_report
 
+    if fake and sensitivity:
+        raise click.UsageError("--sensitivity runs real passes: leave --fake out")
     spec = job_spec(options)
     if fake:
         model, optimizer, batch = open_fake_job(spec)
@@ -47,7 +55,13 @@ def command(
     else:
         job = open_job(spec)
         profile = measure(
-            job.model, job.optimizer, loss_fn, next(job.batches), allow_compile=allow_compile
+            job.model,
+            job.optimizer,
+            loss_fn,
+            next(job.batches),
+            allow_compile=allow_compile,
+            sensitivity=sensitivity,
+            progress=lambda text: click.echo(text, err=True),
         )
     if save is not None:
         profile.save(save)

@@ -33,6 +33,7 @@ def command(
         spec=job_spec(options),
         budget=options["budget"],
         exactness=Exactness(options["exactness"]),
+        error=options["error"],
         allow=options["allow"],
         clip_grad_norm=options["clip_grad_norm"],
         allow_compile=options["allow_compile"],

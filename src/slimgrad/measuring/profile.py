@@ -20,11 +20,8 @@ from slimgrad.measuring.clock import Rates
 from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.optimizer import OptimizerLaw, ParameterLaw
 from slimgrad.measuring.trace import Call, Trace
-from slimgrad.method import CompiledCost
+from slimgrad.method import CodingCost, CompiledCost, Setting
 from slimgrad.types import Column
-
-Setting = tuple[str, tuple[tuple[str, Any], ...]]
-"""A method's name and its fields: what was attached while a variant of the step was traced."""
 
 FORMAT = 3
 
@@ -46,7 +43,7 @@ class Profile:
     """A measured step. ``variants`` maps the rewriting methods attached (none: the plain step) to its trace.
 
     ``compiled`` has what those blocks take once compiled that were measured so, by path; ``compile_s`` is what
-    compiling the whole step took.
+    compiling the whole step took. ``coding`` has, by block, what keeping what it saves as codes was measured to cost.
     """
 
     fingerprint: str
@@ -72,6 +69,7 @@ class Profile:
     batch_shapes: Shapes = field(default_factory=dict)
     compiled: dict[str, CompiledCost] = field(default_factory=dict)
     compile_s: float = 0.0
+    coding: dict[str, dict[Setting, CodingCost]] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -151,6 +149,8 @@ def _trace_to_json(trace: Trace) -> dict[str, Any]:
     out["cached"] = sorted(trace.cached.items())
     out["module_paths"] = trace.module_paths
     out["reads"], out["writes"] = trace.reads, trace.writes
+    out["dtypes"], out["row"] = trace.dtypes, trace.row.tolist()
+    out["names"], out["name"] = trace.names, trace.name.tolist()
     return out
 
 
@@ -171,6 +171,10 @@ def _trace_from_json(data: Mapping[str, Any]) -> Trace:
         module_paths=list(data["module_paths"]),
         reads=[tuple(r) for r in data["reads"]],
         writes=[tuple(w) for w in data["writes"]],
+        dtypes=list(data.get("dtypes", ())),
+        row=np.array(data.get("row", ()), dtype=np.int64),
+        names=list(data.get("names", ())),
+        name=np.array(data.get("name", ()), dtype=np.int64),
     )
 
 
@@ -194,7 +198,8 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
     out = {
         name: getattr(profile, name)
         for name in Profile.__dataclass_fields__
-        if name not in ("variants", "law", "rates", "modules", "plain_timeline", "compiled")
+        if name
+        not in ("variants", "law", "rates", "modules", "plain_timeline", "compiled", "coding")
     }
     out["format"] = FORMAT
     out["law"] = asdict(profile.law)
@@ -202,6 +207,10 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
     out["modules"] = [asdict(m) for m in profile.modules]
     out["timeline"] = {c.value: live.tolist() for c, live in profile.plain_timeline.columns.items()}
     out["compiled"] = {path: asdict(cost) for path, cost in profile.compiled.items()}
+    out["coding"] = {
+        path: [[list(setting), asdict(cost)] for setting, cost in costs.items()]
+        for path, costs in profile.coding.items()
+    }
     out["marks"] = [list(mark) for mark in profile.plain_timeline.marks]
     out["variants"] = [[list(key), _trace_to_json(t)] for key, t in profile.variants.items()]
     out["peak_bytes"] = profile.peak_bytes
@@ -225,6 +234,10 @@ def profile_from_json(data: Mapping[str, Any]) -> Profile:
         "law": OptimizerLaw(**law),
         "rates": Rates(**data["rates"]),
         "compiled": {path: CompiledCost(**c) for path, c in data["compiled"].items()},
+        "coding": {
+            path: {setting_from_json(s): CodingCost(**cost) for s, cost in costs}
+            for path, costs in data.get("coding", {}).items()
+        },
         "modules": [ModuleCost(**m) for m in data["modules"]],
         "variants": {
             tuple(setting_from_json(s) for s in key): _trace_from_json(t)

@@ -48,7 +48,9 @@ class Trace:
     ``calls``, -1: none), ``op_backward``. ``gradients`` maps a parameter's name to its gradient's storage and
     the tick at which it was complete. ``cached`` maps storages that autocast's weight cache holds, whoever else
     does, to the tick at which it lets go. ``reads`` and ``writes`` are the storages of each operation's arguments,
-    and of those that it made or wrote into, one entry a tick. ``op_node`` is the sequence number of the autograd
+    and of those that it made or wrote into, one entry a tick. ``dtypes`` and ``row`` (elements along the fastest
+    dimension) say how each storage was first shown (``""`` and 0: not known), ``name`` gives each tick's operation a
+    place in ``names`` (``""``: a view). ``op_node`` is the sequence number of the autograd
     node that an operation in backward belongs to, -1 in forward. ``is_timed``: do ``op_seconds`` sum to those of real passes?
     """
 
@@ -71,6 +73,10 @@ class Trace:
     cached: dict[int, int] = field(default_factory=dict)
     reads: list[tuple[int, ...]] = field(default_factory=list)
     writes: list[tuple[int, ...]] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
+    row: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    names: list[str] = field(default_factory=list)
+    name: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def backward_from(self) -> int:
@@ -101,6 +107,9 @@ class _Recorder:
         self.op_node: list[int] = []
         self.reads: list[tuple[int, ...]] = []
         self.writes: list[tuple[int, ...]] = []
+        self.shown: dict[int, tuple[str, int]] = {}  # storage -> dtype and row of what made it
+        self.names: dict[str, int] = {}
+        self.name: list[int] = []
         self.gradients: dict[str, tuple[int, int]] = {}
         self.cast: list[int] = []  # ticks at which autocast made a copy of a weight, and cached it
         self.tracker: Tracker | None = None
@@ -172,6 +181,9 @@ class _Recorder:
         made = [i for i in self._storages(out) if self.tracker.birth[i] == tick]
         self.reads.append(tuple(read))
         self.writes.append((*made, *self._storages(written_arguments(func, args, kwargs))))
+        if made:
+            self._show(out)
+        self.name.append(self.names.setdefault(_name(func), len(self.names)))
         backward = current_task() != -1
         casts = func is torch.ops.aten._to_copy.default and not backward and any(self._caching)
         if casts and args[0].is_leaf and args[0].requires_grad:
@@ -191,6 +203,13 @@ class _Recorder:
         assert self.tracker is not None
         met = (self.tracker.see(tensor) for tensor in plain_tensors(tree))
         return list(dict.fromkeys(storage for storage in met if storage is not None))
+
+    def _show(self, out: Any) -> None:
+        assert self.tracker is not None
+        for tensor in plain_tensors(out):
+            storage = self.tracker.see(tensor)
+            if storage is not None and storage not in self.shown:
+                self.shown[storage] = str(tensor.dtype).removeprefix("torch."), _row(tensor)
 
     def _call_of_node(self, node: Any) -> int:
         number = _sequence_number(node)
@@ -225,6 +244,15 @@ def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
         for position, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
+
+
+def _name(func: Any) -> str:
+    return "" if func.is_view else func._schema.name.rpartition("::")[2]
+
+
+def _row(tensor: Tensor) -> int:
+    """Elements along the dimension that is contiguous in memory."""
+    return max((n for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s == 1), default=1)
 
 
 def _autocast_caches(device: str) -> bool:
@@ -352,4 +380,8 @@ def _trace_of(tracker: Tracker, recorder: _Recorder, num_shares: int) -> Trace:
         cached=recorder.cached(tracker),
         reads=recorder.reads,
         writes=recorder.writes,
+        dtypes=[recorder.shown.get(i, ("", 0))[0] for i in range(len(tracker.nbytes))],
+        row=np.array([recorder.shown.get(i, ("", 0))[1] for i in range(len(tracker.nbytes))]),
+        names=list(recorder.names),
+        name=np.array(recorder.name, dtype=np.int64),
     )

@@ -23,8 +23,10 @@ from slimgrad.method import (
     Scope,
     method_name,
 )
+from slimgrad.methods.activations.coded_store import CodedStore
 from slimgrad.methods.activations.stored import HAND_OVER_S
 from slimgrad.planning.calls import BlockLayout
+from slimgrad.planning.coded import coded_ways, undominated
 from slimgrad.planning.runs import chains, segments
 from slimgrad.planning.settings import block_record, model_record
 from slimgrad.planning.simulate import Layout
@@ -39,7 +41,7 @@ class Allowed:
 
     exactness: Exactness = Exactness.EXACT
     allow: tuple[str, ...] = ()
-    error: float | None = None
+    error: float | None = None  # the relative L2 error of the whole gradient that codes may bring
     clip_grad_norm: float | None = None
     compile: bool = True
     num_steps: int = 1000
@@ -63,6 +65,7 @@ class Option:
     note: str
     added_s: float
     paths: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # on the methods before the last
 
     @property
     def where(self) -> str | tuple[str, ...]:
@@ -169,14 +172,18 @@ def attach_order(method: Method) -> tuple[int, int, str]:
 def options(profile: Profile, scheme: Scheme, layout: Layout, allowed: Allowed) -> list[Option]:
     """For each block, and blocks in a row, what each method offers (keeping them as they are is always possible)."""
     permitted = [c for c in catalogue.methods().values() if allowed.permits(c)]
-    single = [c for c in permitted if c.scope is Scope.BLOCK]
+    stores = [c for c in permitted if issubclass(c, CodedStore)]
+    single = [c for c in permitted if c.scope is Scope.BLOCK and c not in stores]
     several = [c for c in permitted if c.scope is Scope.RUN]
     found: list[Option] = []
     recorded = functools.partial(
         block_record, profile, layout, model=scheme.record, num_steps=allowed.num_steps
     )
     for path in layout.blocks:
-        found += _offered(scheme, layout, recorded(layout.block(path)), path, single)
+        record = recorded(layout.block(path))
+        found += _offered(scheme, layout, record, path, single)
+        if record.coding and stores:
+            found += _coded(scheme, layout, record, path, stores)
     if several and layout.trace.reads:
         for chain in chains(layout):
             for segment in segments(chain):
@@ -204,6 +211,19 @@ def _offered(
                 yield Option(block.path, (method,), changed, offer.note, added, asked.paths)
 
 
+def _coded(
+    scheme: Scheme, layout: Layout, record: Record, path: str, stores: list[type[CodedStore]]
+) -> list[Option]:
+    """The block with codes in place of what it saves; those left out that another is better than in every way."""
+    block, found = layout.block(path), list[Option]()
+    for way in coded_ways(path, record, stores):
+        changed = _replayed(layout, block, way.record)
+        added = (changed.seconds - record.seconds) * scheme.repeats
+        found.append(Option(path, way.methods, changed, way.notes[-1], added, notes=way.notes[:-1]))
+
+    return undominated(found, lambda o: (o.record.held_bytes, o.added_s, o.record.squared_error))
+
+
 def _replayed(layout: Layout, block: BlockLayout, record: Record) -> Record:
     """The record with the seconds of what is really run again or read back, over all of the block's calls."""
     if record.restore is not Restore.OPERATIONS:
@@ -211,6 +231,7 @@ def _replayed(layout: Layout, block: BlockLayout, record: Record) -> Record:
     again = [layout.replayed(g, record) for g in block.groups]
     read_s = sum(a.read_bytes for a in again) / record.read_bytes_s
     read_s += sum(a.num_reads for a in again) * HAND_OVER_S
+    read_s += sum(c.decode_s for c in record.coded) * len(block.groups)
     store_s = record.store_s * len(block.groups)
     return replace(record, restore_s=sum(a.seconds for a in again) + read_s, store_s=store_s)
 

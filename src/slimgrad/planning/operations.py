@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from slimgrad.coding.code import Use
 from slimgrad.measuring.trace import Trace
 from slimgrad.method import OperationGraph
 from slimgrad.types import Column
@@ -37,9 +39,11 @@ class Reads:
         self.first_backward: dict[int, int] = {}
         self.last_forward: dict[int, int] = {}
         self.callers: dict[int, set[int]] = {}
+        self.readers: dict[int, set[str]] = {}  # names of operations in backward
         self.by_call: dict[int, dict[int, tuple[int, int]]] = {}  # and in backward first and last
         self.op_seconds: list[float] = trace.op_seconds.tolist() or [0.0] * trace.num_ticks
         began = 0  # the first operation of the node: it is then that autograd asks for all that the node saved
+        names = [trace.names[i] for i in trace.name.tolist()] or [""] * trace.num_ticks
         for index, storages in enumerate(trace.reads):
             if not (
                 index and len(trace.op_node) and trace.op_node[index] == trace.op_node[index - 1]
@@ -50,6 +54,8 @@ class Reads:
                     self.first_backward.setdefault(storage, index + 1)
                     call = int(trace.op_call[index])
                     self.callers.setdefault(storage, set()).add(call)
+                    if names[index]:
+                        self.readers.setdefault(storage, set()).add(names[index])
                     spans = self.by_call.setdefault(call, {})
                     spans[storage] = spans.get(storage, (began + 1, 0))[0], index + 1
                 else:
@@ -86,6 +92,7 @@ def call_operations(
         tuple(s in dropped for s in made),
         tuple(operations),
         tuple(stages) if len(calls) > 1 else (),
+        tuple(_use(trace, s, reads) if s in dropped else None for s in made),
     )
     asked = {number[s]: reads.first_backward[s] for s in made if s in dropped}
     gone = tuple(_gone_at(trace, calls, made, reads))
@@ -94,6 +101,15 @@ def call_operations(
         number[s] for s in made if s not in final and reads.held_by_others(s, calls)
     )  # what only these calls return stays with the tape
     return CallOperations(graph, tuple(made), tuple(outside), asked, gone, anyway)
+
+
+def _use(trace: Trace, storage: int, reads: Reads) -> Use | None:
+    dtype = trace.dtypes[storage] if trace.dtypes else ""
+    if not dtype:
+        return None
+    num_elements = int(trace.nbytes[storage]) // getattr(torch, dtype).itemsize
+    readers = frozenset(reads.readers.get(storage, ()))
+    return Use(num_elements, dtype, int(trace.row[storage]), readers)
 
 
 def made_inside(trace: Trace, calls: Sequence[int]) -> list[int]:
@@ -170,4 +186,5 @@ def merged(graphs: Sequence[OperationGraph]) -> OperationGraph | None:
         graphs[0].is_saved,
         tuple((sum(o[0] for o in same) / len(same), *same[0][1:]) for same in operations),
         graphs[0].stages,
+        graphs[0].uses,
     )

@@ -26,6 +26,7 @@ from slimgrad.planning.workbench import Workbench
 from slimgrad.types import Budget, BudgetLike, Column, Exactness, format_bytes
 
 FORMAT = 1
+DEFAULT_ERROR = 0.05  # of the gradient, where the rung allows one and the user names none
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Plan:
     bound_seconds: float = (
         0.0  # no plan of the linear model is faster; 0: not asked for (budget "min")
     )
+    error: float | None = None  # that the gradient may have, a share of its length; None: rounding
+    predicted_error: float = 0.0
     num_steps: int = DEFAULT_STEPS
     allow_compile: bool = True
     versions: Mapping[str, str] = field(default_factory=versions)
@@ -161,6 +164,8 @@ def plan(
 ) -> Plan:
     """The fastest set of allowed methods whose predicted peak fits the budget.
 
+    On the rungs ``unbiased`` and ``approximate``, what blocks save may be kept as codes; ``error`` (default 0.05) bounds
+    the relative L2 error that they bring to the whole gradient, by what a profile measured with ``sensitivity`` says.
     ``reserve_bytes`` is kept free below the budget (what measuring showed the prediction to be short of).
     ``largest_batch`` is the largest that will come: a profile that was measured for a smaller one is refused. Blocks
     that were measured compiled may be compiled unless ``allow_compile`` is False; compiling is paid off over the
@@ -189,8 +194,8 @@ def allowed_by(
     is_number = isinstance(clip_grad_norm, (int, float)) and 0 < clip_grad_norm < math.inf
     if clip_grad_norm is not None and not is_number:
         raise PlanError(f"clip_grad_norm must be a positive number or None, not {clip_grad_norm!r}")
-    compiles, num_steps = allow_compile is not False, check_steps(steps)
-    allowed = Allowed(_rung(exactness), tuple(allow), error, clip_grad_norm, compiles, num_steps)
+    compiles, num_steps, rung = allow_compile is not False, check_steps(steps), _rung(exactness)
+    allowed = Allowed(rung, tuple(allow), _error(error, rung), clip_grad_norm, compiles, num_steps)
     check_allowed(allowed.allow)
     return allowed
 
@@ -209,6 +214,28 @@ def solved(
     if fastest is None:
         raise _does_not_fit(profile, allowed, workbench.leanest(found), limit, asked)
     return limit, fastest
+
+
+def needs_sensitivity(exactness: Exactness | str, error: float | None) -> bool:
+    """Whether a plan so allowed may use codes, so that what they do to the gradient has to be measured."""
+    rung = _rung(exactness)
+    return rung in (Exactness.UNBIASED, Exactness.APPROXIMATE) or error is not None
+
+
+def _error(error: Any, rung: Exactness) -> float | None:
+    """The error that codes may bring: what was asked for, on rungs that allow any."""
+    is_number = isinstance(error, (int, float)) and 0 < error < math.inf
+    if error is not None and not is_number:
+        raise PlanError(
+            f"error must be a positive number (0.05: 5 % of the gradient) or None, not {error!r}"
+        )
+    if not rung.allows(Exactness.UNBIASED):
+        if error is not None:
+            raise PlanError(
+                f"error={error} is for exactness='unbiased' or 'approximate'; {rung.value!r} allows none"
+            )
+        return None
+    return DEFAULT_ERROR if error is None else float(error)
 
 
 def _rung(exactness: Exactness | str) -> Exactness:
@@ -265,6 +292,8 @@ def _plan_of(profile: Profile, allowed: Allowed, asked: Budget, limit: int, best
         clip_grad_norm=allowed.clip_grad_norm,
         needs_step=tuple(_needs_step(best)),
         device=profile.device,
+        error=allowed.error,
+        predicted_error=sum(o.record.squared_error for o in best.options) ** 0.5,
         bound_seconds=0.0 if asked.is_min else float(best.bound_s),
         batch_shapes=profile.batch_shapes,
         weighing=weighing_of(profile, allowed),
@@ -316,16 +345,10 @@ def _choices(profile: Profile, best: Solution) -> list[Choice]:
         saved = best.layout.blocks[option.path].saved.values()
         plain_bytes = sum(call_bytes(best.layout.trace, storages) for storages in saved)
         freed_bytes = plain_bytes - option.record.held_bytes
-        for method in option.methods:
-            made.append(
-                _choice(
-                    option.path,
-                    method,
-                    option.note,
-                    {Column.ACTIVATIONS.value: freed_bytes},
-                    option.added_s,
-                )
-            )
+        for method, note in zip(option.methods, option.notes, strict=False):
+            made.append(_choice(option.path, method, note, {}, 0.0))
+        freed = {Column.ACTIVATIONS.value: freed_bytes}
+        made.append(_choice(option.path, option.methods[-1], option.note, freed, option.added_s))
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from slimgrad.planning.calls import call_bytes
 from slimgrad.planning.compiled_variants import Asked, compiled_variants
 from slimgrad.planning.compiling import check_steps, compiled_costs
 from slimgrad.planning.real_passes import setting_of, time_passes
+from slimgrad.planning.sensitivity import coding_costs
 from slimgrad.planning.settings import plain_record
 from slimgrad.planning.simulate import Layout
 from slimgrad.planning.variants import traced, variants
@@ -46,6 +48,8 @@ def measure(
     allow_compile: bool | None = None,
     steps: int | None = None,
     compile_limit_s: float = 120.0,
+    sensitivity: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
     """Measure where the memory and the time of one training step go. Changes nothing.
 
@@ -58,6 +62,10 @@ def measure(
     equal ones (10-40 s each) on what one real forward pass gives it; no more are begun after ``compile_limit_s``
     seconds, nor what is expected to take longer. None: where a C++ compiler is found and a run of ``steps`` (None:
     1000) is long enough to pay for it. A whole step that does not fit into ``limit_bytes`` is not compiled.
+
+    With ``sensitivity`` it is measured what each code of saved tensors does to the gradient, block by block (a real
+    forward and backward pass for each code on up to four blocks of a kind): plans of rung ``unbiased`` or
+    ``approximate`` need it. ``progress`` is told what is being tried.
 
     Raises ``BatchError``, ``ModelError``, ``LossError`` or ``UnsupportedError`` for input that cannot be
     trained on.
@@ -93,7 +101,14 @@ def measure(
         refusals["compiled"] = reason
     traces |= {(setting_of(method),): trace for method, trace in whole.traces.items()}
     profile = _profile(host, batch, plain, traces, law, rates, refusals)
-    return replace(profile, compiled=costs, compile_s=whole.compile_s)
+    profile = replace(profile, compiled=costs, compile_s=whole.compile_s)
+    if sensitivity:
+        undo = switch_off_cache(model)
+        try:
+            profile.coding = coding_costs(host, batch, profile, progress)
+        finally:
+            undo()
+    return profile
 
 
 def check_model(model: nn.Module, optimizer: Optimizer | None) -> None:

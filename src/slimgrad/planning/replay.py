@@ -44,8 +44,10 @@ def replayed(
     keep: tuple[int, ...],
     schedule: tuple[int, ...] = (),
     move: tuple[int, ...] = (),
+    coded: tuple[int, ...] = (),
 ) -> Replayed:
-    """The backward pass of a call that keeps the storages with the numbers ``keep``, and moves some, under a schedule.
+    """The backward pass of a call that keeps the storages with the numbers ``keep``, moves some and keeps others as
+    codes, under a schedule.
 
     Calls that do the same, and whose backward asks in the same way, share one replay, however long they take.
     """
@@ -56,7 +58,8 @@ def replayed(
         (s, tick - first, int(trace.death[call.storages[s]]) - first)
         for s, tick in sorted(asked.items())
     )
-    tape = _tape(call.graph.untimed, kept, frozenset(move).intersection(asked), schedule, ticks)
+    moved, decoded = frozenset(move).intersection(asked), frozenset(coded).intersection(asked)
+    tape = _tape(call.graph.untimed, kept, moved, decoded, schedule, ticks)
     last, operations = tape.last + first, call.graph.operations
     held = {storage: last for index in tape.needed for storage in call.outside[index]}
     reads = {s for index in tape.needed for s in operations[index][1]} & kept
@@ -76,10 +79,11 @@ def _tape(
     graph: OperationGraph,
     keep: frozenset[int],
     move: frozenset[int],
+    coded: frozenset[int],
     schedule: tuple[int, ...],
     ticks: tuple[tuple[int, int, int], ...],
 ) -> _Tape:
-    return _Tape(graph, keep, move, schedule, ticks)
+    return _Tape(graph, keep, move, coded, schedule, ticks)
 
 
 class _Tape:
@@ -90,10 +94,12 @@ class _Tape:
         graph: OperationGraph,
         keep: frozenset[int],
         move: frozenset[int],
+        coded: frozenset[int],
         schedule: Sequence[int],
         ticks: Sequence[tuple[int, int, int]],
     ) -> None:
-        self.graph, self.keep, self.move = graph, keep, move
+        self.graph, self.keep, self.coded = graph, keep, coded
+        move = self.move = move | coded  # both come back without an operation
         self.holdings = holdings(schedule, graph.num_stages)
         self.death = {s: gone for s, _, gone in ticks}
         self.pending = set(self.death)  # not asked for yet
@@ -126,7 +132,7 @@ class _Tape:
         self.bursts: list[tuple[int, int]] = []
         self.ran: list[int] = []  # operations, by their index
         in_order = sorted(ticks, key=lambda t: t[1])
-        self.to_read = [s for s, _, _ in in_order if s in move]
+        self.to_read = [s for s, _, _ in in_order if s in move and s not in coded]
         for wanted, tick, _ in in_order:
             self._ask(wanted, tick)
         for storage in list(self.memo):
@@ -237,8 +243,9 @@ class _Tape:
                 return
 
     def _fetch(self, storage: int, tick: int) -> None:
-        self.num_reads += 1
-        self.read_bytes += self.graph.num_bytes[storage]
+        if storage not in self.coded:
+            self.num_reads += 1
+            self.read_bytes += self.graph.num_bytes[storage]
         self._hold(storage, self.ahead.pop(storage, tick))
 
     def _hold(self, storage: int, tick: int) -> None:

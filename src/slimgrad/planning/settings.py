@@ -93,6 +93,7 @@ def block_record(
         are_repeatable=layout.are_repeatable(block.where),
         compiled=cost if cost is not None and is_measured(layout, block.path, cost) else None,
         num_steps=num_steps,
+        coding=profile.coding.get(block.path, {}) if len(block.paths) == 1 else {},
         gradients_stay=gradients_stay(model),
     )
 

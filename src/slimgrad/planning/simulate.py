@@ -198,13 +198,16 @@ class Layout:
     def replayed(self, calls: tuple[int, ...], record: Record) -> Replayed:
         """What calls in a row make again or read back in backward, run as ``record`` says."""
         stages = self.stages(calls) if record.by_modules else None
-        key = calls, record.kept, record.schedule, record.moved, (int(stages is not None),)
+        coded = tuple(c.number for c in record.coded)
+        key = calls, record.kept, record.schedule, record.moved, coded, (int(stages is not None),)
         if key not in self._replays:
             operations = self.operations(calls)
             self._replays[key] = (
                 repeated(stages, operations, record.schedule)
                 if stages is not None
-                else replayed(self.trace, operations, record.kept, record.schedule, record.moved)
+                else replayed(
+                    self.trace, operations, record.kept, record.schedule, record.moved, coded
+                )
             )
         return self._replays[key]
 

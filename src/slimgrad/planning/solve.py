@@ -53,8 +53,11 @@ class Programme:
     The unknowns are the menu's bundles.
     """
 
-    def __init__(self, scheme: Scheme, menu: Menu) -> None:
+    def __init__(self, scheme: Scheme, menu: Menu, error: float = 0.0) -> None:
         self.scheme, self.menu, self.layout = scheme, menu, menu.layout
+        self.squared_error = (
+            error**2
+        )  # those of single blocks add up: their codes err independently
         self.bundles, self.added_s = menu.bundles, menu.added_s
         self.fixed_changes = self.layout.model_changes(scheme.record)
         self.fixed = self.layout.base_live + self.layout.live(self.fixed_changes)
@@ -182,6 +185,8 @@ class Programme:
                 trial[index] = 0
                 if other is not None:
                     trial[other] = 1
+                if not self._is_accurate(trial):
+                    continue
                 live, changes = self.replay(trial)
                 if live.max() <= budget_bytes:
                     chosen, found = trial, self._solution(trial, changes, int(live.max()))
@@ -209,6 +214,8 @@ class Programme:
                         if covers[other] & covers[index]:
                             trial[other] = 0
                 trial[index] = 1 - trial[index]
+                if not self._is_accurate(trial):
+                    continue
                 trials += 1
                 changed, changes = self.replay(trial)
                 if changed.max() < found.peak_bytes:
@@ -232,7 +239,7 @@ class Programme:
         room = (budget_bytes - self.fixed[slots]) / scale
         answer = solve(
             self.added_s + 1e-9,
-            [at_most(self.menu.at(slots).T / scale, room), self._one_each()],
+            [at_most(self.menu.at(slots).T / scale, room), self._one_each(), *self._accurate()],
             is_integer=np.full(num, whole),
             upper=np.ones(num),
             gap=GAP,
@@ -247,13 +254,29 @@ class Programme:
         below = np.hstack((self.menu.at(slots).T / scale, -np.ones((len(slots), 1))))
         answer = solve(
             np.append(self.added_s * 1e-6 / max(float(np.abs(self.added_s).sum()), 1e-12), 1.0),
-            [at_most(below, -self.fixed[slots] / scale), self._one_each(1)],
+            [
+                at_most(below, -self.fixed[slots] / scale),
+                self._one_each(1),
+                *self._accurate(1),
+            ],
             is_integer=np.append(np.full(num, whole), 0),
             upper=np.append(np.ones(num), np.inf),
             gap=GAP,
             limit_s=_LIMIT_S,
         )
         return None if answer is None else np.round(answer[:num]) if whole else answer[:num]
+
+    def _accurate(self, num_more: int = 0) -> list[LinearConstraint]:
+        """The error of the gradient within what is allowed, where any choice brings one."""
+        errors = self.menu.squared_errors
+        if not errors.any():
+            return []
+        scale = max(self.squared_error, 1e-300)
+        row = np.concatenate((errors / scale, np.zeros(num_more)))
+        return [at_most(row[None, :], np.array([self.squared_error / scale]))]
+
+    def _is_accurate(self, chosen: np.ndarray) -> bool:
+        return float(chosen @ self.menu.squared_errors) <= self.squared_error * (1 + 1e-9)
 
     def _one_each(self, num_more: int = 0) -> LinearConstraint:
         """At most one bundle decides about each block; ``num_more`` unknowns follow."""

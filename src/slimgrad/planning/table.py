@@ -40,7 +40,9 @@ def grouped(choices: Sequence[Choice]) -> list[list[Choice]]:
     runs: dict[tuple[str, str], list[Choice]] = {}
     for choice in choices:
         fields = sorted(
-            (n, v) for n, v in choice.fields.items() if n not in ("blocks", "keep", "move")
+            (n, v)
+            for n, v in choice.fields.items()
+            if n not in ("blocks", "keep", "move", "storages")
         )
         runs.setdefault((choice.method, str(fields)), []).append(choice)
     return list(runs.values())
@@ -69,6 +71,7 @@ def _predicted(plan: Plan) -> str:
     return (
         f"predicted peak {format_bytes(plan.peak_bytes)} of plain's {format_bytes(plan.plain_peak_bytes)} "
         f"({share:.0%}); predicted step {format_seconds(plan.seconds)}, {ratio:.2f} of plain's"
+        + (f"; error of the gradient {plan.predicted_error:.1%}" if plan.predicted_error else "")
         + ("" if plan.gap is None else f", at most {plan.gap:.1%} above the best possible")
     )
 

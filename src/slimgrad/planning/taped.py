@@ -14,6 +14,7 @@ from slimgrad.types import Column
 if TYPE_CHECKING:
     from slimgrad.planning.simulate import Layout
 
+_ACTIVATIONS = list(Column).index(Column.ACTIVATIONS)
 _TEMPORARIES = list(Column).index(Column.TEMPORARIES)
 
 
@@ -50,6 +51,11 @@ def _call_changes(layout: Layout, changes: Changes, calls: tuple[int, ...], reco
         nbytes[number],
         np.where(is_dropped[number], column[number], _TEMPORARIES),
     )
+    for coded in record.coded:
+        if coded.number < len(storages):
+            start = layout.at[trace.birth[storages[coded.number]]]
+            stop = layout.gone_slot(int(death[coded.number]))
+            changes.span(int(start), stop, coded.num_bytes, _ACTIVATIONS)
     for tick, peak in again.bursts:
         changes.span(int(layout.at[tick]) - 1, int(layout.at[tick]), peak, _TEMPORARIES)
     if record.moved and layout.writes_behind:

@@ -33,6 +33,7 @@ def replan_of(made: Plan, profile: Profile) -> Replan:
         profile,
         budget,
         exactness=made.exactness,
+        error=made.error,
         allow=made.allow,
         clip_grad_norm=made.clip_grad_norm,
         allow_compile=made.allow_compile,

@@ -37,7 +37,7 @@ class Workbench:
             self._menus[key] = Menu(layout, offered)
         menu = self._menus[key]
         self._saved_s = max(self._saved_s, menu.most_saved_s)
-        return Programme(scheme, menu)
+        return Programme(scheme, menu, self.allowed.error or 0.0)
 
     def _layout(self, scheme: Scheme) -> Layout:
         key = id(scheme.trace)

@@ -43,6 +43,7 @@ class TrainRequest:
     spec: JobSpec
     budget: str = "min"
     exactness: Exactness = Exactness.EXACT
+    error: float | None = None  # of the gradient, on rungs that allow one
     allow: Sequence[str] = ()
     clip_grad_norm: float | None = None
     num_steps: int = 16
@@ -179,6 +180,7 @@ def _planned(request: TrainRequest, job: Job, listener: Listener) -> tuple[Plan,
         profile,
         request.budget,
         exactness=request.exactness,
+        error=request.error,
         allow=request.allow,
         clip_grad_norm=request.clip_grad_norm,
         allow_compile=compiles,

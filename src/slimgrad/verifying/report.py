@@ -22,6 +22,7 @@ class Report:
     plain_peak_bytes: int
     budget_bytes: int
     rung: Exactness
+    error: float | None = None  # that the plan's rung allows the gradient
     mode: str = "step"
     loss_error: float | None = None
     gradient_error: float | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from slimgrad.applying.step import Step, apply, refuse_applied
 from slimgrad.errors import BudgetError, NonFiniteLoss, VerificationError
 from slimgrad.host import LossFn
 from slimgrad.planning.arguments import check_arguments
-from slimgrad.planning.plan import Plan, plan
+from slimgrad.planning.plan import Plan, needs_sensitivity, plan
 from slimgrad.planning.profiling import measure
 from slimgrad.planning.tighten import Replan, tightened
 from slimgrad.types import Budget, BudgetLike, Exactness, format_bytes
@@ -46,6 +48,9 @@ def slim(
 ) -> Step:
     """Fit one training step of ``model`` into ``budget``: measure, plan, apply, verify.
 
+    ``exactness`` is the loosest rung allowed. On ``unbiased`` and ``approximate`` what each code of saved tensors does to
+    the gradient is measured first, and ``error`` (default 0.05) bounds the relative L2 error of the whole gradient.
+
     Returns a ``Step``: ``loss = step(batch)`` is forward, backward and optimizer. ``largest_batch`` is measured,
     planned for and verified instead of ``batch``; what is done later with a batch that is longer still,
     ``on_larger`` says (see ``apply``). ``folder`` is where offloaded bytes go. With ``verify`` the step's peak is
@@ -65,7 +70,15 @@ def slim(
     sample = batch if largest_batch is None else largest_batch
     compiles = False if exactness == Exactness.BITWISE else allow_compile
     run: dict[str, Any] = {"allow_compile": compiles, "steps": steps}
-    profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes, **run)
+    profile = measure(
+        model,
+        optimizer,
+        loss_fn,
+        sample,
+        limit_bytes=asked.bytes,
+        sensitivity=needs_sensitivity(exactness, error),
+        **run,
+    )
     run |= {"exactness": exactness, "error": error, "allow": allow}
     replan = functools.partial(plan, profile, asked, clip_grad_norm=clip_grad_norm, **run)
     applied = functools.partial(
@@ -93,7 +106,15 @@ def _tightened_until_verified(
     told: list[Tightening] = []
     while True:
         step = applied(made)
-        report = _verified(step, sample)
+        try:
+            report = _verified(step, sample)
+        except VerificationError as failure:
+            narrower = _narrower(made, failure.report)
+            if narrower is None:
+                raise
+            replan = functools.partial(replan, error=narrower)
+            made = replace(replan(reserve_bytes=made.tightened_bytes), error=made.error)
+            continue
         over = report.peak_bytes - made.budget_bytes
         if over <= 0 or Budget.parse(made.budget).is_min:
             step.report = report
@@ -111,6 +132,20 @@ def _tightened_until_verified(
         before, seen = made, MeasuredStep(0, report.peak_bytes, made.peak_bytes, made.budget_bytes)
         made = tightened(made, replan, report.peak_bytes, made.peak_bytes)
         told.append(Tightening(seen, made.tightened_bytes, before, made))
+
+
+def _narrower(made: Plan, report: Report | None) -> float | None:
+    """The error to plan for where the gradient's was measured above what is allowed; None where that is not what failed.
+
+    The errors of single blocks add up otherwise than was thought: what is planned falls by the same factor.
+    """
+    if made.error is None or report is None or not made.predicted_error:
+        return None
+    failed = {name for name, passed in report.checks.items() if not passed}
+    measured = report.gradient_error or 0.0
+    if failed != {"gradient"} or not made.error < measured < math.inf:
+        return None
+    return 0.9 * made.predicted_error * made.error / measured
 
 
 def _verified(step: Step, sample: Any) -> Report:

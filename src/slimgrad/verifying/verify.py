@@ -40,7 +40,7 @@ def verify(
 
     Loss, every gradient, the whole update, every buffer and the end of every random generator are compared.
     A plan of rung ``bitwise`` must give the same bits; one of rung ``exact`` gradients whose distance to
-    float64 is at most twice plain's own. A control, the same gradients with one of them zeroed, must fail.
+    float64 is at most twice plain's own; one of a looser rung gradients within the plan's ``error`` of plain's. A control, the same gradients with one of them zeroed, must fail.
     Where a plain step does not fit into ``available_bytes`` (default: what the machine has free), blocks are
     compared one at a time. ``time_pairs`` alternated pairs of steps are timed.
     """
@@ -54,6 +54,7 @@ def verify(
             plain_peak_bytes=step.plan.plain_peak_bytes,
             budget_bytes=step.plan.budget_bytes,
             rung=step.plan.loosest,
+            error=step.plan.error,
         )
         free = free_bytes(host.device) if available_bytes is None else available_bytes
         if 2 * step.plan.plain_peak_bytes <= free:
@@ -163,7 +164,9 @@ def _judge_bits(report: Report, plain: Outcome, slim: Outcome) -> None:
 
 def _judge_rounding(report: Report, plain: Outcome, slim: Outcome, wide: Outcome | None) -> None:
     _figures(report, plain, slim)
-    if wide is not None:
+    if report.rung.rung > Exactness.EXACT.rung:
+        bound, reference = report.error or 0.0, plain.gradients
+    elif wide is not None:
         report.plain_gradient_error = relative_error(plain.gradients, wide.gradients)
         report.float64_gradient_error = relative_error(slim.gradients, wide.gradients)
         bound, reference = 2 * report.plain_gradient_error + 1e-12, wide.gradients

@@ -1,48 +1,64 @@
-"""What an operation tape moves out of memory: values that backward asks for, written in forward, read in backward."""
+"""What an operation tape moves out of memory, or keeps as a code: written in forward, read in backward."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 
 from torch import Tensor
 
+from slimgrad.coding.code import Code
+from slimgrad.methods.activations.coded import Coded
 from slimgrad.methods.activations.stored import Stored, whole_storage
 from slimgrad.methods.activations.values import Value
 from slimgrad.storage import Store
 
 
 class Moving:
-    """The values of one tape whose storages have the ``numbers``, moved to ``store`` where autograd saves them."""
+    """The values of one tape that leave memory where autograd saves them, by the numbers of their storages.
 
-    def __init__(self, numbers: frozenset[int], store: Store) -> None:
-        self.numbers = numbers
+    Those in ``numbers`` are moved to ``store``; those that ``codes`` names are kept as their codes.
+    """
+
+    def __init__(
+        self, numbers: frozenset[int], store: Store | None, codes: Mapping[int, Code]
+    ) -> None:
+        self._numbers = numbers
         self._store = store
-        self._waiting: list[tuple[Value, Tensor]] = []  # to be written before the next operation
+        self._codes = codes
+        self._waiting: list[
+            tuple[Value, Code | None, Tensor, Tensor]
+        ] = []  # for the next operation
         self._saved: list[weakref.ref[Value]] = []  # in the order in which they were saved last
 
-    def add(self, value: Value, tensor: Tensor) -> None:
-        """Autograd saves ``value``, which ``tensor`` shows."""
-        if value.is_kept:
+    def add(self, number: int | None, value: Value, tensor: Tensor) -> None:
+        """Autograd saves ``value``, which ``tensor`` shows, on the storage ``number``."""
+        code = self._codes.get(number) if number is not None else None
+        if value.is_kept or (code is None and number not in self._numbers):
             return
         if value.num_handles == 1 and value.stored is None:
             whole = whole_storage(tensor)
             if whole is None:
                 value.keep(tensor)
                 return
-            self._waiting.append((value, whole))
+            self._waiting.append((value, code, tensor.detach(), whole))
         self._saved.append(weakref.ref(value))
 
     def start_writes(self) -> None:
         """Write what was saved since the last operation; its storage is let go when it is written."""
         while self._waiting:
-            value, whole = self._waiting.pop(0)
-            if not value.is_kept:
+            value, code, shown, whole = self._waiting.pop(0)
+            if value.is_kept:
+                continue
+            if code is not None:
+                value.stored = Coded(code, shown, whole)
+            elif self._store is not None:
                 value.stored = Stored(self._store, whole)
 
     def end(self) -> None:
         """Forward is over. On the CPU nothing is left to be written, so that the bytes are gone from here on."""
         self.start_writes()
-        if self._store.device.type == "cpu":
+        if self._store is not None and self._store.device.type == "cpu":
             for reference in self._saved:
                 if (value := reference()) is not None and value.stored is not None:
                     value.stored.settle()

@@ -225,8 +225,8 @@ class Tape(TorchDispatchMode):
         value.num_handles += 1
         if value.num_handles == 1:
             self._asked.setdefault(value.stage, []).append(weakref.ref(value))
-        if self._moving is not None and self._number.get(key) in self._moving.numbers:
-            self._moving.add(value, tensor)
+        if self._moving is not None:
+            self._moving.add(self._number.get(key), value, tensor)
         return Handle(value, Geometry.of(tensor), self)
 
     # -- backward --------------------------------------------------------------------------------------

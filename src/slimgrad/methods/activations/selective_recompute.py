@@ -195,7 +195,10 @@ class SelectiveRecompute:
         if record.graph is None or not any(record.graph.is_saved):
             return [cls()]
         transfers = Transfers(record.write_bytes_s, record.read_bytes_s)
-        return [cls(*point) for point in pareto_front(record.graph, transfers)]
+        front = [cls(*point) for point in pareto_front(record.graph, transfers)]
+        if record.coded:  # nothing is run again, and what has codes is kept as those
+            front.append(cls(tuple(s for s, saved in enumerate(record.graph.is_saved) if saved)))
+        return front
 
     def offer(self, block: Block) -> Offer | Refusal:
         """``keep`` held, ``move`` written and read back, the rest made again by the operations that make it."""
@@ -212,6 +215,7 @@ class SelectiveRecompute:
         again = operations_again(graph, Point(self.keep, move))
         kept_bytes = sum(graph.num_bytes[s] for s in self.keep if s < len(graph.num_bytes))
         moved_bytes, handing_s = sum(graph.num_bytes[s] for s in move), HAND_OVER_S * len(move)
+        coded = tuple(c for c in record.coded if c.number in self.keep)
         changed = replace(
             record,
             held_bytes=kept_bytes,
@@ -220,10 +224,14 @@ class SelectiveRecompute:
             + len(again) * RUN_S
             + moved_bytes / record.read_bytes_s
             + handing_s,
-            store_s=len(graph.operations) * NOTE_S + moved_bytes / record.write_bytes_s + handing_s,
+            store_s=len(graph.operations) * NOTE_S
+            + moved_bytes / record.write_bytes_s
+            + handing_s
+            + sum(c.encode_s for c in coded),
             holds_inputs=True,
-            kept=self.keep,
+            kept=tuple(s for s in self.keep if s not in {c.number for c in coded}),
             moved=move,
+            coded=coded,
         )
         freed = format_bytes(record.saved_bytes - kept_bytes - moved_bytes)
         note = f"{freed} made again by {len(again)} of {len(graph.operations)} operations"
@@ -231,12 +239,13 @@ class SelectiveRecompute:
 
     def attach(self, block: Block) -> Undo:
         """Run the block's forward under a tape."""
-        keep, device = frozenset(self.keep), block.live.device
-        move = frozenset(self.move) - keep
-        store = store_of(block.live) if move else None
+        host, move = block.live, frozenset(self.move) - frozenset(self.keep)
+        codes = {s: code for s, code in host.codes.get(block.path, {}).items() if s in self.keep}
+        keep, device = frozenset(self.keep) - codes.keys(), host.device
+        store = store_of(host) if move else None
 
         def run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            moving = Moving(move, store) if store is not None else None
+            moving = Moving(move, store, codes) if move or codes else None
             tape = Tape(keep, device, moving=moving)
             with tape:
                 result = forward(*args, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from slimgrad.methods.activations.coded import Coded
 from slimgrad.methods.activations.saved import MODIFIED, Geometry
 from slimgrad.methods.activations.schedules import Holding
 from slimgrad.methods.activations.stored import Stored
@@ -37,7 +38,7 @@ class Value:
         )
         self._version = 0
         self._memo: torch.UntypedStorage | None = None
-        self.stored: Stored | None = None  # outside the device
+        self.stored: Stored | Coded | None = None  # outside the device, or as a code
 
     def keep(self, tensor: Tensor) -> None:
         """Hold the storage that ``tensor`` shows; it is never computed again, nor read back."""

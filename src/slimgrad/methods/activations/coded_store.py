@@ -1,0 +1,117 @@
+"""What the methods have in common that keep what a block saves for backward as codes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from slimgrad.coding.code import Code, Use
+from slimgrad.method import (
+    Block,
+    CodedStorage,
+    Offer,
+    Record,
+    Refusal,
+    Restore,
+    Scope,
+    Setting,
+    Undo,
+    hyperparameters,
+    method_name,
+)
+from slimgrad.types import format_bytes
+
+LEAST_BYTES = 16 * 2**10  # what is smaller is not worth a code
+
+
+@dataclass(frozen=True)
+class CodedStore(ABC):
+    """``storages`` are kept as codes, by their number in the order in which the block's forward makes them.
+
+    It says what is kept how, and is followed by the schedule that says what is kept at all (``selective_recompute``).
+    """
+
+    storages: tuple[int, ...] = ()
+
+    scope: ClassVar[Scope] = Scope.BLOCK
+
+    @abstractmethod
+    def suits(self, use: Use) -> bool:
+        """Whether a storage that backward uses so may be kept in this code."""
+
+    @abstractmethod
+    def code(self) -> Code:
+        """The code for one place."""
+
+    @classmethod
+    def strengths(cls) -> Sequence[Self]:
+        """The settings worth offering."""
+        return [cls()]
+
+    @property
+    def setting(self) -> Setting:
+        """Its name and fields, whatever the block."""
+        kept = {k: v for k, v in hyperparameters(self).items() if k != "storages"}  # pyright: ignore[reportArgumentType]
+        return method_name(type(self)), tuple(kept.items())
+
+    @classmethod
+    def grades(cls, block: Block) -> Sequence[Self]:
+        """Each setting on the storages of ``block`` that it suits."""
+        found = (strength.on(block.measured) for strength in cls.strengths())
+        return [method for method in found if method.storages]
+
+    def on(self, record: Record) -> Self:
+        """This setting on what it suits of the saved storages that have no code yet."""
+        graph, taken = record.graph, {c.number for c in record.coded}
+        uses = graph.uses if graph is not None else ()
+        suited = tuple(
+            number
+            for number, use in enumerate(uses)
+            if use is not None
+            and number not in taken
+            and use.is_floating
+            and use.num_elements * use.torch_dtype.itemsize >= LEAST_BYTES
+            and self.suits(use)
+        )
+        return replace(self, storages=suited)
+
+    def offer(self, block: Block) -> Offer | Refusal:
+        """The block with the codes in place of ``storages``, and what they were measured to cost."""
+        record, graph = block.measured, block.measured.graph
+        if graph is None:
+            return Refusal("the block's calls differ from one another")
+        if record.restore is not Restore.NONE:
+            return Refusal("codes come before what says when they are kept")
+        if not self.storages:
+            return Refusal("backward uses nothing that the block saves in the way this code is for")
+        cost = record.coding.get(self.setting)
+        if cost is None:
+            return Refusal(
+                "what it does to the gradient was not measured: measure with sensitivity=True"
+            )
+        sizes, uses, coded = list(graph.num_bytes), list(graph.uses), list[CodedStorage]()
+        for number in self.storages:
+            use = uses[number]
+            if use is None:
+                return Refusal(f"storage {number} is not known to be saved")
+            sizes[number], uses[number] = self.code().num_bytes(use), None
+            elements = use.num_elements
+            spent = cost.encode_s * elements, cost.decode_s * elements
+            coded.append(CodedStorage(number, sizes[number], *spent))
+        freed = sum(graph.num_bytes) - sum(sizes)
+        changed = replace(
+            record,
+            graph=replace(graph, num_bytes=tuple(sizes), uses=tuple(uses)),
+            coded=(*record.coded, *coded),
+            squared_error=record.squared_error + cost.squared_error,
+        )
+        return Offer(changed, f"{format_bytes(freed)} less in codes of {len(coded)} tensors")
+
+    def attach(self, block: Block) -> Undo:
+        """Name the codes for the schedule that follows."""
+        codes, path = block.live.codes, block.path
+        before = codes.get(path, {})
+        codes[path] = before | {number: self.code() for number in self.storages}
+        return Undo(lambda: codes.__setitem__(path, before))

@@ -1,0 +1,172 @@
+"""What each code of saved tensors does to the gradient of a real step, block by block, and how long it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimgrad import catalogue
+from slimgrad.coding.code import Use
+from slimgrad.errors import LossError
+from slimgrad.host import Host
+from slimgrad.measuring.fake import is_fake
+from slimgrad.measuring.machine import free_bytes
+from slimgrad.measuring.profile import Profile
+from slimgrad.measuring.randomness import RandomState
+from slimgrad.measuring.trace import checked_loss, untouched
+from slimgrad.method import Block, CodingCost, Record, Scope, Setting, Undo
+from slimgrad.methods.activations.coded_store import CodedStore
+from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
+from slimgrad.planning.settings import block_record, layout_of, model_record
+
+_PROBES = 4  # blocks of one kind that are tried; between them the error is interpolated
+_SAMPLE_ELEMENTS = 2**21  # of the tensor on which a code is timed
+_ROUNDS = 3
+
+Costs = dict[str, dict[Setting, CodingCost]]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One setting on one block."""
+
+    path: str
+    store: CodedStore
+    record: Record
+
+
+def coding_costs(
+    host: Host, batch: Any, profile: Profile, progress: Progress = lambda _: None
+) -> Costs:
+    """For each block and each setting that suits it, the seconds of its code and what it does to the gradient.
+
+    One step is run as it is, and one with each setting on each of at most four blocks of one kind, from the same
+    random state; the square of the relative L2 error of the whole gradient is what is noted, interpolated between
+    those blocks. Nothing of the user's is changed.
+
+    Raises ``LossError`` where a plain step does not fit into half of the memory that is free.
+    """
+    if any(is_fake(p) for p in host.model.parameters()):
+        raise LossError("what codes do to gradients can be measured on real tensors only")
+    if 2 * profile.peak_bytes > free_bytes(host.device):
+        raise LossError(
+            "a plain step must fit into half of the free memory to measure what codes do to gradients: "
+            "measure on a smaller batch"
+        )
+    kinds = _kinds(profile)
+    random, costs = RandomState.now(), dict[str, dict[Setting, CodingCost]]()
+    with untouched(host.model):
+        exact = _gradients(host, batch, random)
+        size = sum(float(g.double().square().sum()) for g in exact.values())
+        for number, trials in enumerate(kinds):
+            setting = trials[0].store.setting
+            progress(f"{number + 1} of {len(kinds)}: {setting[0]} {dict(setting[1]) or ''}")
+            probes = np.unique(np.linspace(0, len(trials) - 1, _PROBES).round().astype(int))
+            errors = [_squared_error(host, batch, random, exact, size, trials[i]) for i in probes]
+            spent = _seconds(trials[0], host.device)
+            between = np.interp(np.arange(len(trials)), probes, errors)
+            for trial, error in zip(trials, between.tolist(), strict=True):
+                costs.setdefault(trial.path, {})[setting] = CodingCost(*spent, error)
+    return costs
+
+
+def _kinds(profile: Profile) -> list[list[_Trial]]:
+    """The trials of one setting on blocks that save the same, in the blocks' order."""
+    trace = profile.variants[()]
+    layout, record = layout_of(profile, trace), model_record(profile, 1, None)
+    stores = [c for c in catalogue.methods().values() if issubclass(c, CodedStore)]
+    found: dict[tuple[Any, ...], list[_Trial]] = {}
+    for path, block in layout.blocks.items():
+        measured = block_record(profile, layout, block, model=record)
+        if measured.graph is None:
+            continue
+        for cls in stores:
+            for store in cls.grades(Block(path, Scope.BLOCK, measured)):
+                key = store.setting, store.storages, measured.graph.uses
+                found.setdefault(key, []).append(_Trial(path, store, measured))
+    return list(found.values())
+
+
+def _squared_error(
+    host: Host,
+    batch: Any,
+    random: RandomState,
+    exact: Mapping[str, Tensor],
+    size: float,
+    trial: _Trial,
+) -> float:
+    graph = trial.record.graph
+    assert graph is not None
+    everything = tuple(s for s, saved in enumerate(graph.is_saved) if saved)
+    block = Block(trial.path, Scope.BLOCK, host=host)
+    undo = Undo(trial.store.attach(block))
+    try:
+        undo.then(SelectiveRecompute(everything).attach(block))
+        found = _gradients(host, batch, random)
+    finally:
+        undo()
+    difference = sum(
+        float((g.double() - exact[n].double()).square().sum()) for n, g in found.items()
+    )
+    return difference / size if size else 0.0
+
+
+def _gradients(host: Host, batch: Any, random: RandomState) -> dict[str, Tensor]:
+    random.restore()
+    for share in host.split(batch):
+        checked_loss(host.loss_fn(host.model, share.batch)).backward()
+    found: dict[str, Tensor] = {}
+    for name, parameter in host.model.named_parameters():
+        if parameter.grad is not None:
+            found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+def _seconds(trial: _Trial, device: torch.device) -> tuple[float, float]:
+    """Seconds an element to encode and to decode, on values like those of a normed layer."""
+    graph = trial.record.graph
+    assert graph is not None
+    use = max(
+        (graph.uses[s] for s in trial.store.storages), key=lambda u: u.num_elements if u else 0
+    )
+    assert use is not None
+    sample, code = _sample(use, device), trial.store.code()
+    code.encode(sample).decode()
+    spent = [_timed(lambda: code.encode(sample), device) for _ in range(_ROUNDS)]
+    encoded = code.encode(sample)
+    back = [_timed(encoded.decode, device) for _ in range(_ROUNDS)]
+    return median(spent) / sample.numel(), median(back) / sample.numel()
+
+
+def _sample(use: Use, device: torch.device) -> Tensor:
+    row = max(1, use.row)
+    rows = max(1, min(use.num_elements, _SAMPLE_ELEMENTS) // row)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, row, generator=generator).to(device, use.torch_dtype)
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def largest_errors(costs: Costs) -> Sequence[tuple[Setting, float]]:
+    """For each setting, the relative L2 error of the gradient with it on every block, smallest first."""
+    total: dict[Setting, float] = {}
+    for by_setting in costs.values():
+        for setting, cost in by_setting.items():
+            total[setting] = total.get(setting, 0.0) + cost.squared_error
+    return sorted(((s, e**0.5) for s, e in total.items()), key=lambda item: item[1])
