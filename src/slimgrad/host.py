@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from slimgrad.coding.code import Code
+from slimgrad.code import Code
 from slimgrad.optimizers import plain_step, step_parameter
 from slimgrad.types import Column
 

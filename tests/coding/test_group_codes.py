@@ -5,8 +5,8 @@ import torch
 from tests.coding.unbiased import assert_mean
 
 from slimgrad import Ledger
+from slimgrad.code import Use
 from slimgrad.coding import group_codes
-from slimgrad.coding.code import Use
 from slimgrad.coding.group_codes import BLOCK, GroupCode
 from slimgrad.errors import ArgumentError, MethodError, UnsupportedError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimgrad.coding.code import Use
+from slimgrad.code import Use
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from slimgrad.code import Use
 from slimgrad.coding.bits import (
     BLOCK,
     by_kernel,
@@ -34,7 +35,6 @@ from slimgrad.coding.bits import (
     unpack_block,
     unpack_on_device,
 )
-from slimgrad.coding.code import Use
 from slimgrad.coding.draws import Draws
 from slimgrad.coding.memory_order import Form, in_memory_order
 from slimgrad.errors import MethodError, UnsupportedError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from slimgrad.coding.code import Use
+from slimgrad.code import Use
 from slimgrad.measuring.trace import Trace
 from slimgrad.method import OperationGraph
 from slimgrad.types import Column

@@ -16,7 +16,7 @@ from slimgrad.batches import batch_shapes, batch_size, check_batch
 from slimgrad.errors import ModelError
 from slimgrad.host import Host, LossFn
 from slimgrad.measuring.blocks import cut, cut_large
-from slimgrad.measuring.clock import OpKey, time_operations
+from slimgrad.measuring.clock import OpKey, Rates, time_operations
 from slimgrad.measuring.fake import is_fake
 from slimgrad.measuring.model_cache import switch_off_cache
 from slimgrad.measuring.optimizer import OptimizerLaw, no_optimizer, optimizer_law
@@ -81,16 +81,7 @@ def measure(
     traces = variants(host, batch, plain, paths, keys, refusals)
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     law = no_optimizer(trainable) if optimizer is None else optimizer_law(optimizer, names)
-    seconds, rates = time_operations(list(keys), limit_bytes=limit_bytes, limit_s=limit_s)
-    for trace in (plain, *traces.values()):
-        trace.op_seconds = seconds[trace.op]
-    undo = switch_off_cache(model)
-    try:
-        time_passes(host, batch, traces, limit_bytes=limit_bytes, limit_s=limit_s)
-    finally:
-        undo()
-    if traces[()] is not plain and traces[()].is_timed:
-        plain.op_seconds *= traces[()].op_seconds.sum() / max(seconds[traces[()].op].sum(), 1e-12)
+    rates = _time(host, batch, plain, traces, keys, limit_bytes, limit_s)
     asked = Asked(allow_compile, check_steps(steps), compile_limit_s, limit_bytes)
     whole = compiled_variants(host, batch, traces[()], list(keys), asked)
     refusals |= whole.refusals
@@ -102,13 +93,40 @@ def measure(
     traces |= {(setting_of(method),): trace for method, trace in whole.traces.items()}
     profile = _profile(host, batch, plain, traces, law, rates, refusals)
     profile = replace(profile, compiled=costs, compile_s=whole.compile_s)
-    if sensitivity:
-        undo = switch_off_cache(model)
-        try:
-            profile.coding = coding_costs(host, batch, profile, progress)
-        finally:
-            undo()
-    return profile
+    return _with_coding(host, batch, profile, progress) if sensitivity else profile
+
+
+def _time(
+    host: Host,
+    batch: Any,
+    plain: Trace,
+    traces: dict[tuple[Setting, ...], Trace],
+    keys: dict[OpKey, int],
+    limit_bytes: int | None,
+    limit_s: float,
+) -> Rates:
+    """Give each traced operation its seconds: timed alone, and scaled to real passes where those fit."""
+    seconds, rates = time_operations(list(keys), limit_bytes=limit_bytes, limit_s=limit_s)
+    for trace in (plain, *traces.values()):
+        trace.op_seconds = seconds[trace.op]
+    undo = switch_off_cache(host.model)
+    try:
+        time_passes(host, batch, traces, limit_bytes=limit_bytes, limit_s=limit_s)
+    finally:
+        undo()
+    if traces[()] is not plain and traces[()].is_timed:
+        plain.op_seconds *= traces[()].op_seconds.sum() / max(seconds[traces[()].op].sum(), 1e-12)
+    return rates
+
+
+def _with_coding(
+    host: Host, batch: Any, profile: Profile, progress: Callable[[str], None]
+) -> Profile:
+    undo = switch_off_cache(host.model)
+    try:
+        return replace(profile, coding=coding_costs(host, batch, profile, progress))
+    finally:
+        undo()
 
 
 def check_model(model: nn.Module, optimizer: Optimizer | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slimgrad import catalogue
-from slimgrad.coding.code import Use
+from slimgrad.code import Use
 from slimgrad.errors import LossError
 from slimgrad.host import Host
 from slimgrad.measuring.fake import is_fake

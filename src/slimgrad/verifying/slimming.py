@@ -70,15 +70,9 @@ def slim(
     sample = batch if largest_batch is None else largest_batch
     compiles = False if exactness == Exactness.BITWISE else allow_compile
     run: dict[str, Any] = {"allow_compile": compiles, "steps": steps}
-    profile = measure(
-        model,
-        optimizer,
-        loss_fn,
-        sample,
-        limit_bytes=asked.bytes,
-        sensitivity=needs_sensitivity(exactness, error),
-        **run,
-    )
+    coding = {"sensitivity": needs_sensitivity(exactness, error)}
+    limit = asked.bytes
+    profile = measure(model, optimizer, loss_fn, sample, limit_bytes=limit, **coding, **run)
     run |= {"exactness": exactness, "error": error, "allow": allow}
     replan = functools.partial(plan, profile, asked, clip_grad_norm=clip_grad_norm, **run)
     applied = functools.partial(
@@ -101,19 +95,20 @@ def slim(
 
 
 def _tightened_until_verified(
-    made: Plan, replan: Replan, applied: Callable[[Plan], Step], sample: Any
+    made: Plan, planned: functools.partial[Plan], applied: Callable[[Plan], Step], sample: Any
 ) -> Step:
     told: list[Tightening] = []
+    replan: Replan = planned
     while True:
         step = applied(made)
         try:
             report = _verified(step, sample)
         except VerificationError as failure:
-            narrower = _narrower(made, failure.report)
-            if narrower is None:
+            error = _narrower(made, failure.report)
+            if error is None:
                 raise
-            replan = functools.partial(replan, error=narrower)
-            made = replace(replan(reserve_bytes=made.tightened_bytes), error=made.error)
+            replan = _within(functools.partial(planned, error=error), made.error)
+            made = replan(reserve_bytes=made.tightened_bytes)
             continue
         over = report.peak_bytes - made.budget_bytes
         if over <= 0 or Budget.parse(made.budget).is_min:
@@ -134,12 +129,17 @@ def _tightened_until_verified(
         told.append(Tightening(seen, made.tightened_bytes, before, made))
 
 
-def _narrower(made: Plan, report: Report | None) -> float | None:
+def _within(planned: functools.partial[Plan], error: float | None) -> Replan:
+    """Plans for a smaller error, of which ``error`` is still what is allowed."""
+    return lambda *, reserve_bytes: replace(planned(reserve_bytes=reserve_bytes), error=error)
+
+
+def _narrower(made: Plan, report: object) -> float | None:
     """The error to plan for where the gradient's was measured above what is allowed; None where that is not what failed.
 
     The errors of single blocks add up otherwise than was thought: what is planned falls by the same factor.
     """
-    if made.error is None or report is None or not made.predicted_error:
+    if made.error is None or not isinstance(report, Report) or not made.predicted_error:
         return None
     failed = {name for name, passed in report.checks.items() if not passed}
     measured = report.gradient_error or 0.0

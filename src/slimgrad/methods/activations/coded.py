@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimgrad.coding.code import Code
+from slimgrad.code import Code
 
 
 class Coded:

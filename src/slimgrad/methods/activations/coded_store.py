@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from slimgrad.coding.code import Code, Use
+from slimgrad.code import Code, Use
 from slimgrad.method import (
     Block,
     CodedStorage,
     Offer,
+    Paper,
     Record,
     Refusal,
     Restore,
@@ -21,7 +22,7 @@ from slimgrad.method import (
     hyperparameters,
     method_name,
 )
-from slimgrad.types import format_bytes
+from slimgrad.types import Column, Exactness, format_bytes
 
 LEAST_BYTES = 16 * 2**10  # what is smaller is not worth a code
 
@@ -35,6 +36,9 @@ class CodedStore(ABC):
 
     storages: tuple[int, ...] = ()
 
+    column: ClassVar[Column] = Column.ACTIVATIONS
+    exactness: ClassVar[Exactness]
+    paper: ClassVar[Paper]
     scope: ClassVar[Scope] = Scope.BLOCK
 
     @abstractmethod

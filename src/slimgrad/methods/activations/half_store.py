@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from slimgrad.code import Code, Use
 from slimgrad.coding.cast import CastCode
-from slimgrad.coding.code import Code, Use
 from slimgrad.method import Paper
 from slimgrad.methods.activations.coded_store import CodedStore
 from slimgrad.types import Column, Exactness

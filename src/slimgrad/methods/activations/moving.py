@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from slimgrad.coding.code import Code
+from slimgrad.code import Code
 from slimgrad.methods.activations.coded import Coded
 from slimgrad.methods.activations.stored import Stored, whole_storage
 from slimgrad.methods.activations.values import Value
