@@ -96,24 +96,30 @@ class CompiledCost:
 
 @dataclass(frozen=True)
 class CodedStorage:
-    """A saved storage, by its number, that is kept as a code of ``num_bytes``, and the seconds that takes."""
+    """A saved storage, by its number, that is kept as a code of ``num_bytes``, and what that costs.
+
+    ``squared_error`` is what the code does to the whole step's gradient: the square of the relative L2 error.
+    """
 
     number: int
     num_bytes: int
     encode_s: float
     decode_s: float
+    squared_error: float
 
 
 @dataclass(frozen=True)
 class CodingCost:
     """What one setting of a method that keeps codes was measured to cost on a block.
 
-    Seconds for an element, and by how much the whole step's gradient changes: the square of the relative L2 error.
+    Seconds for an element, and by how much the whole step's gradient changes: the square of the relative L2 error, and
+    the share of each of the block's storages in it, by their number.
     """
 
     encode_s: float
     decode_s: float
     squared_error: float
+    shares: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,10 @@ def _trace_from_json(data: Mapping[str, Any]) -> Trace:
     )
 
 
+def _coding_cost(data: Mapping[str, Any]) -> CodingCost:
+    return CodingCost(**{**data, "shares": tuple((s, share) for s, share in data["shares"])})
+
+
 def _as_tuples(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """``data`` with the lists under ``names`` as tuples: JSON knows only lists."""
     return {**data, **{name: tuple(data[name]) for name in names}}
@@ -235,7 +239,7 @@ def profile_from_json(data: Mapping[str, Any]) -> Profile:
         "rates": Rates(**data["rates"]),
         "compiled": {path: CompiledCost(**c) for path, c in data["compiled"].items()},
         "coding": {
-            path: {setting_from_json(s): CodingCost(**cost) for s, cost in costs}
+            path: {setting_from_json(s): _coding_cost(cost) for s, cost in costs}
             for path, costs in data.get("coding", {}).items()
         },
         "modules": [ModuleCost(**m) for m in data["modules"]],

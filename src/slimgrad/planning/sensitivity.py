@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -21,7 +21,7 @@ from slimgrad.measuring.machine import free_bytes
 from slimgrad.measuring.profile import Profile
 from slimgrad.measuring.randomness import RandomState
 from slimgrad.measuring.trace import checked_loss, untouched
-from slimgrad.method import Block, CodingCost, Record, Scope, Setting, Undo
+from slimgrad.method import Block, CodingCost, OperationGraph, Scope, Setting, Undo
 from slimgrad.methods.activations.coded_store import CodedStore
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 from slimgrad.planning.settings import block_record, layout_of, model_record
@@ -40,7 +40,7 @@ class _Trial:
 
     path: str
     store: CodedStore
-    record: Record
+    graph: OperationGraph
 
 
 def coding_costs(
@@ -62,19 +62,23 @@ def coding_costs(
             "measure on a smaller batch"
         )
     kinds = _kinds(profile)
-    random, costs = RandomState.now(), dict[str, dict[Setting, CodingCost]]()
+    costs: Costs = {}
     with untouched(host.model):
-        exact = _gradients(host, batch, random)
-        size = sum(float(g.double().square().sum()) for g in exact.values())
+        passes = _Passes(host, batch)
+        shares = {uses: _shares(passes, alike) for uses, alike in _widest(kinds).items()}
         for number, trials in enumerate(kinds):
             setting = trials[0].store.setting
             progress(f"{number + 1} of {len(kinds)}: {setting[0]} {dict(setting[1]) or ''}")
             probes = np.unique(np.linspace(0, len(trials) - 1, _PROBES).round().astype(int))
-            errors = [_squared_error(host, batch, random, exact, size, trials[i]) for i in probes]
+            errors = [
+                passes.squared_error(trials[i].path, trials[i].store, trials[i].graph)
+                for i in probes
+            ]
             spent = _seconds(trials[0], host.device)
+            mine = _of(trials[0].store.storages, shares[trials[0].graph.uses])
             between = np.interp(np.arange(len(trials)), probes, errors)
             for trial, error in zip(trials, between.tolist(), strict=True):
-                costs.setdefault(trial.path, {})[setting] = CodingCost(*spent, error)
+                costs.setdefault(trial.path, {})[setting] = CodingCost(*spent, error, mine)
     return costs
 
 
@@ -91,53 +95,73 @@ def _kinds(profile: Profile) -> list[list[_Trial]]:
         for cls in stores:
             for store in cls.grades(Block(path, Scope.BLOCK, measured)):
                 key = store.setting, store.storages, measured.graph.uses
-                found.setdefault(key, []).append(_Trial(path, store, measured))
+                found.setdefault(key, []).append(_Trial(path, store, measured.graph))
     return list(found.values())
 
 
-def _squared_error(
-    host: Host,
-    batch: Any,
-    random: RandomState,
-    exact: Mapping[str, Tensor],
-    size: float,
-    trial: _Trial,
-) -> float:
-    graph = trial.record.graph
-    assert graph is not None
-    everything = tuple(s for s, saved in enumerate(graph.is_saved) if saved)
-    block = Block(trial.path, Scope.BLOCK, host=host)
-    undo = Undo(trial.store.attach(block))
-    try:
-        undo.then(SelectiveRecompute(everything).attach(block))
-        found = _gradients(host, batch, random)
-    finally:
-        undo()
-    difference = sum(
-        float((g.double() - exact[n].double()).square().sum()) for n, g in found.items()
-    )
-    return difference / size if size else 0.0
+class _Passes:
+    """Forward and backward passes from one random state, and the gradient without codes."""
+
+    def __init__(self, host: Host, batch: Any) -> None:
+        self._host, self._batch, self._random = host, batch, RandomState.now()
+        self._exact = self._gradients()
+        self._size = sum(float(g.double().square().sum()) for g in self._exact.values())
+
+    def squared_error(self, path: str, store: CodedStore, graph: OperationGraph) -> float:
+        """The square of the gradient's relative L2 error with ``store`` on one block, in which nothing is run again."""
+        everything = tuple(s for s, saved in enumerate(graph.is_saved) if saved)
+        block = Block(path, Scope.BLOCK, host=self._host)
+        undo = Undo(store.attach(block))
+        try:
+            undo.then(SelectiveRecompute(everything).attach(block))
+            found = self._gradients()
+        finally:
+            undo()
+        off = sum(float((g.double() - self._exact[n]).square().sum()) for n, g in found.items())
+        return off / self._size if self._size else 0.0
+
+    def _gradients(self) -> dict[str, Tensor]:
+        self._random.restore()
+        for share in self._host.split(self._batch):
+            checked_loss(self._host.loss_fn(self._host.model, share.batch)).backward()
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._host.model.named_parameters():
+            if parameter.grad is not None:
+                found[name], parameter.grad = parameter.grad, None
+        return found
 
 
-def _gradients(host: Host, batch: Any, random: RandomState) -> dict[str, Tensor]:
-    random.restore()
-    for share in host.split(batch):
-        checked_loss(host.loss_fn(host.model, share.batch)).backward()
-    found: dict[str, Tensor] = {}
-    for name, parameter in host.model.named_parameters():
-        if parameter.grad is not None:
-            found[name], parameter.grad = parameter.grad, None
+def _widest(kinds: Sequence[Sequence[_Trial]]) -> dict[tuple[Use | None, ...], _Trial]:
+    """For blocks that save the same, the first store that codes the most of it, on the one in the middle."""
+    found: dict[tuple[Use | None, ...], _Trial] = {}
+    for trials in kinds:
+        middle = trials[len(trials) // 2]
+        known = found.setdefault(middle.graph.uses, middle)
+        if len(middle.store.storages) > len(known.store.storages):
+            found[middle.graph.uses] = middle
     return found
+
+
+def _shares(passes: _Passes, trial: _Trial) -> dict[int, float]:
+    """The squared error that each storage alone brings."""
+    if len(trial.store.storages) == 1:
+        return dict.fromkeys(trial.store.storages, 1.0)
+    alone = ((s, replace(trial.store, storages=(s,))) for s in trial.store.storages)
+    return {s: passes.squared_error(trial.path, store, trial.graph) for s, store in alone}
+
+
+def _of(storages: Sequence[int], errors: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    """The share of each of ``storages`` in what they bring together."""
+    mean = sum(errors.values()) / len(errors)
+    mine = {s: errors.get(s, mean) for s in storages}
+    total = sum(mine.values())
+    return tuple((s, e / total if total else 1 / len(mine)) for s, e in mine.items())
 
 
 def _seconds(trial: _Trial, device: torch.device) -> tuple[float, float]:
     """Seconds an element to encode and to decode, on values like those of a normed layer."""
-    graph = trial.record.graph
-    assert graph is not None
-    use = max(
-        (graph.uses[s] for s in trial.store.storages), key=lambda u: u.num_elements if u else 0
-    )
-    assert use is not None
+    uses = [use for s in trial.store.storages if (use := trial.graph.uses[s]) is not None]
+    use = max(uses, key=lambda use: use.num_elements)
     sample, code = _sample(use, device), trial.store.code()
     code.encode(sample).decode()
     spent = [_timed(lambda: code.encode(sample), device) for _ in range(_ROUNDS)]

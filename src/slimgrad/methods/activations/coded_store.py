@@ -95,6 +95,7 @@ class CodedStore(ABC):
             return Refusal(
                 "what it does to the gradient was not measured: measure with sensitivity=True"
             )
+        shares = dict(cost.shares)
         sizes, uses, coded = list(graph.num_bytes), list(graph.uses), list[CodedStorage]()
         for number in self.storages:
             use = uses[number]
@@ -103,13 +104,14 @@ class CodedStore(ABC):
             sizes[number], uses[number] = self.code().num_bytes(use), None
             elements = use.num_elements
             spent = cost.encode_s * elements, cost.decode_s * elements
-            coded.append(CodedStorage(number, sizes[number], *spent))
+            error = cost.squared_error * shares.get(number, 1.0)
+            coded.append(CodedStorage(number, sizes[number], *spent, error))
         freed = sum(graph.num_bytes) - sum(sizes)
         changed = replace(
             record,
             graph=replace(graph, num_bytes=tuple(sizes), uses=tuple(uses)),
             coded=(*record.coded, *coded),
-            squared_error=record.squared_error + cost.squared_error,
+            squared_error=record.squared_error + sum(c.squared_error for c in coded),
         )
         return Offer(changed, f"{format_bytes(freed)} less in codes of {len(coded)} tensors")
 

@@ -33,7 +33,17 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from slimgrad.integer_programs import at_least, at_most, solve
-from slimgrad.method import Block, Offer, OperationGraph, Paper, Refusal, Restore, Scope, Undo
+from slimgrad.method import (
+    Block,
+    Offer,
+    OperationGraph,
+    Paper,
+    Record,
+    Refusal,
+    Restore,
+    Scope,
+    Undo,
+)
 from slimgrad.methods.activations.moving import Moving
 from slimgrad.methods.activations.operation_tape import Tape
 from slimgrad.methods.activations.saved import returned_tensors
@@ -167,6 +177,20 @@ def _rows(
                     yield {num + writer: 1.0, num + op: -1.0} | there(storage), 0.0
 
 
+def _squared_error(record: Record, keep: tuple[int, ...], move: tuple[int, ...]) -> float:
+    """Of what is kept as a code, and of what is made again from that: as far off as its own code would be."""
+    graph, there = record.graph, frozenset((*keep, *move))
+    coded = {c.number for c in record.coded if c.number in keep}
+    total = 0.0
+    for one in record.coded:
+        if one.number not in there and graph is not None:
+            again = graph.recipe([one.number], there)
+            if not any(coded.intersection(graph.operations[o][1]) for o in again):
+                continue
+        total += one.squared_error if one.number not in move else 0.0
+    return total
+
+
 @dataclass(frozen=True)
 class SelectiveRecompute:
     """The storages that stay, and those that are moved, by their number in the order in which forward makes them.
@@ -232,6 +256,7 @@ class SelectiveRecompute:
             kept=tuple(s for s in self.keep if s not in {c.number for c in coded}),
             moved=move,
             coded=coded,
+            squared_error=_squared_error(record, self.keep, move),
         )
         freed = format_bytes(record.saved_bytes - kept_bytes - moved_bytes)
         note = f"{freed} made again by {len(again)} of {len(graph.operations)} operations"
