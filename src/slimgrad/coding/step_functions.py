@@ -1,0 +1,192 @@
+"""Derivatives that are step functions: kept as the number of a step, given back as a number that lies on it.
+
+PyTorch's backward of an activation function ``f`` multiplies by ``f'(x)`` of the saved ``x`` (or by what it makes of a
+saved output). Where it is given an ``x'`` with ``f'(x') = q(x)``, it multiplies by the level ``q(x)`` of the step
+function ``q`` instead: ``x'`` is the *representative* of ``x``'s step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
+
+from slimgrad.coding.bits import BLOCK, pack_block, packed_bytes, unpack_block
+from slimgrad.coding.memory_order import Form, in_memory_order
+from slimgrad.errors import MethodError, UnsupportedError
+
+FARTHEST = 40.0  # beyond it every derivative here is constant in float64
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function, and what of it PyTorch saves for backward.
+
+    ``center`` is the saved value about which the derivative is even, None where it is not.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    saves_output: bool = False
+    center: float | None = None
+
+    @property
+    def is_even(self) -> bool:
+        """Whether ``f'(-x) = f'(x)``."""
+        return self.center is not None
+
+    def derivative(self, x: Tensor) -> Tensor:
+        """``f'(x)``, by PyTorch's own backward."""
+        plain = saved_tensors_hooks(lambda kept: kept, lambda kept: kept)  # not those that encode
+        with torch.enable_grad(), plain:
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.forward(x).sum(), x)[0]
+
+    def saved(self, x: Tensor) -> Tensor:
+        """What backward is given for an input ``x``."""
+        return self.forward(x) if self.saves_output else x
+
+
+ACTIVATIONS = {
+    "gelu": Activation(F.gelu),
+    "gelu_tanh": Activation(lambda x: F.gelu(x, approximate="tanh")),
+    "silu": Activation(F.silu),
+    "selu": Activation(F.selu),
+    "elu": Activation(F.elu),
+    "softplus": Activation(F.softplus),
+    "tanh": Activation(torch.tanh, saves_output=True, center=0.0),
+    "sigmoid": Activation(torch.sigmoid, saves_output=True, center=0.5),
+}
+
+
+def activation(name: str) -> Activation:
+    """The function of this name. Raises MethodError for others."""
+    if name not in ACTIVATIONS:
+        raise MethodError(f"expected function one of {', '.join(ACTIVATIONS)}, found {name!r}")
+    return ACTIVATIONS[name]
+
+
+@dataclass(frozen=True)
+class StepFunction:
+    """``levels[i]`` between ``boundaries[i - 1]`` and ``boundaries[i]``, of ``|x|`` where it is even."""
+
+    boundaries: tuple[float, ...]
+    levels: tuple[float, ...]
+    is_even: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The level of each element."""
+        x = x.abs() if self.is_even else x
+        number = torch.bucketize(x, x.new_tensor(self.boundaries))
+        return x.new_tensor(self.levels)[number]
+
+
+def representatives(
+    function: Activation, levels: tuple[float, ...], dtype: torch.dtype
+) -> tuple[float, ...]:
+    """For each level what backward must be given in ``dtype`` to multiply by it.
+
+    Of the points where the derivative has the level, that which is nearest to it once rounded to ``dtype``.
+    """
+    with _disable_current_modes():  # found once, on real tensors, whoever watches the first call
+        grid = torch.linspace(-FARTHEST, FARTHEST, 16001, dtype=torch.float64)
+        slopes = function.derivative(grid)
+        return tuple(
+            float(_representative(function, level, grid, slopes, dtype)) for level in levels
+        )
+
+
+def _representative(
+    function: Activation, level: float, grid: Tensor, slopes: Tensor, dtype: torch.dtype
+) -> Tensor:
+    above = slopes > level
+    crossings = (above[1:] != above[:-1]).nonzero().squeeze(1)
+    exact = grid[slopes == level]
+    if not len(crossings) and not len(exact):
+        raise MethodError(f"expected levels that the derivative takes, found {level}")
+    low, high = grid[crossings], grid[crossings + 1]
+    rises = slopes[crossings + 1] > level
+    for _ in range(44):
+        middle = (low + high) / 2
+        is_right = (function.derivative(middle) > level) == rises
+        low, high = torch.where(is_right, low, middle), torch.where(is_right, middle, high)
+    points = torch.cat([(low + high) / 2, exact])
+    kept = function.saved(points).to(dtype)
+    return kept[(_slope_of_saved(function, kept) - level).abs().argmin()]
+
+
+def _slope_of_saved(function: Activation, kept: Tensor) -> Tensor:
+    """What backward multiplies by when it is given ``kept``, in float64."""
+    exact = kept.double()
+    if not function.saves_output:
+        return function.derivative(exact)
+    with torch.enable_grad():
+        x = torch.zeros_like(exact).requires_grad_()
+        with saved_tensors_hooks(lambda _: exact, lambda given: given):
+            y = function.forward(x)
+        return torch.autograd.grad(y.sum(), x)[0]
+
+
+@dataclass(frozen=True)
+class StepEncoded:
+    """The packed numbers of the steps, and the representative of each."""
+
+    packed: Tensor
+    values: tuple[float, ...]
+    form: Form
+    bits: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the numbers."""
+        return self.packed.nbytes
+
+    def decode(self) -> Tensor:
+        """The representative of each element's step."""
+        out = self.form.empty()
+        with torch.no_grad():
+            flat = in_memory_order(out)
+            number = flat.new_empty(min(len(flat), BLOCK), dtype=torch.int32)
+            values = flat.new_tensor(self.values)
+            for part, packed in _blocks(flat, self.packed, self.bits):
+                unpack_block(packed, self.bits, number[: len(part)])
+                torch.index_select(values, 0, number[: len(part)], out=part)
+        return out
+
+
+def encode_steps(
+    tensor: Tensor,
+    boundaries: tuple[float, ...],
+    center: float | None,
+    values: tuple[float, ...],
+    bits: int,
+) -> StepEncoded:
+    """The steps between ``boundaries`` in which the elements of ``tensor`` lie, or their distances to ``center``."""
+    if not tensor.dtype.is_floating_point:
+        raise UnsupportedError(f"expected a floating-point tensor, found {tensor.dtype}")
+    flat = in_memory_order(tensor)
+    packed = flat.new_empty(packed_bytes(len(flat), bits), dtype=torch.uint8)
+    with torch.no_grad():
+        size = min(len(flat), BLOCK)
+        number, above, distance = (flat.new_empty(size) for _ in range(3))
+        whole = flat.new_empty(size, dtype=torch.int16)
+        for part, into in _blocks(flat, packed, bits):
+            count, is_above = number[: len(part)], above[: len(part)]
+            if center is not None:
+                part = torch.sub(part, center, out=distance[: len(part)]).abs_()
+            torch.gt(part, boundaries[0], out=count)
+            for boundary in boundaries[1:]:  # a search for each element takes several times as long
+                count.add_(torch.gt(part, boundary, out=is_above))
+            pack_block(whole[: len(part)].copy_(count), bits, into)
+    return StepEncoded(packed, values, Form.of(tensor), bits)
+
+
+def _blocks(flat: Tensor, packed: Tensor, bits: int) -> list[tuple[Tensor, Tensor]]:
+    if not len(flat):
+        return []
+    parts = flat.split(BLOCK), packed.split(packed_bytes(BLOCK, bits))
+    return list(zip(*parts, strict=True))
