@@ -22,8 +22,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from slimgrad.code import Use
 from slimgrad.coding.bits import packed_bytes
-from slimgrad.coding.code import Use
 from slimgrad.coding.step_functions import (
     StepEncoded,
     StepFunction,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from slimgrad.coding.bits import BLOCK, pack_block, packed_bytes, unpack_block
@@ -27,10 +27,12 @@ FARTHEST = 40.0  # beyond it every derivative here is constant in float64
 class Activation:
     """An activation function, and what of it PyTorch saves for backward.
 
-    ``center`` is the saved value about which the derivative is even, None where it is not.
+    ``slope`` makes of what was saved what backward multiplies by. ``center`` is the saved value about which the
+    derivative is even, None where it is not.
     """
 
     forward: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
     saves_output: bool = False
     center: float | None = None
 
@@ -41,25 +43,35 @@ class Activation:
 
     def derivative(self, x: Tensor) -> Tensor:
         """``f'(x)``, by PyTorch's own backward."""
-        plain = saved_tensors_hooks(lambda kept: kept, lambda kept: kept)  # not those that encode
-        with torch.enable_grad(), plain:
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.forward(x).sum(), x)[0]
+        return self.slope(self.saved(x))
 
     def saved(self, x: Tensor) -> Tensor:
         """What backward is given for an input ``x``."""
         return self.forward(x) if self.saves_output else x
 
 
+def _slope(backward: Any, *arguments: Any, **named: Any) -> Callable[[Tensor], Tensor]:
+    return lambda kept: backward(torch.ones_like(kept), *arguments, kept, **named)
+
+
+_aten: Any = torch.ops.aten
 ACTIVATIONS = {
-    "gelu": Activation(F.gelu),
-    "gelu_tanh": Activation(lambda x: F.gelu(x, approximate="tanh")),
-    "silu": Activation(F.silu),
-    "selu": Activation(F.selu),
-    "elu": Activation(F.elu),
-    "softplus": Activation(F.softplus),
-    "tanh": Activation(torch.tanh, saves_output=True, center=0.0),
-    "sigmoid": Activation(torch.sigmoid, saves_output=True, center=0.5),
+    "gelu": Activation(F.gelu, _slope(_aten.gelu_backward)),
+    "gelu_tanh": Activation(
+        lambda x: F.gelu(x, approximate="tanh"), _slope(_aten.gelu_backward, approximate="tanh")
+    ),
+    "silu": Activation(F.silu, _slope(_aten.silu_backward)),
+    "selu": Activation(
+        F.selu, _slope(_aten.elu_backward, 1.6732632423543772, 1.0507009873554805, 1.0, False)
+    ),
+    "elu": Activation(F.elu, _slope(_aten.elu_backward, 1.0, 1.0, 1.0, False)),
+    "softplus": Activation(
+        F.softplus, lambda x: _aten.softplus_backward(torch.ones_like(x), x, 1, 20)
+    ),
+    "tanh": Activation(torch.tanh, _slope(_aten.tanh_backward), saves_output=True, center=0.0),
+    "sigmoid": Activation(
+        torch.sigmoid, _slope(_aten.sigmoid_backward), saves_output=True, center=0.5
+    ),
 }
 
 
@@ -116,19 +128,7 @@ def _representative(
         low, high = torch.where(is_right, low, middle), torch.where(is_right, middle, high)
     points = torch.cat([(low + high) / 2, exact])
     kept = function.saved(points).to(dtype)
-    return kept[(_slope_of_saved(function, kept) - level).abs().argmin()]
-
-
-def _slope_of_saved(function: Activation, kept: Tensor) -> Tensor:
-    """What backward multiplies by when it is given ``kept``, in float64."""
-    exact = kept.double()
-    if not function.saves_output:
-        return function.derivative(exact)
-    with torch.enable_grad():
-        x = torch.zeros_like(exact).requires_grad_()
-        with saved_tensors_hooks(lambda _: exact, lambda given: given):
-            y = function.forward(x)
-        return torch.autograd.grad(y.sum(), x)[0]
+    return kept[(function.slope(kept.double()) - level).abs().argmin()]
 
 
 @dataclass(frozen=True)

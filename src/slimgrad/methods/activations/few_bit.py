@@ -57,7 +57,7 @@ class FewBit(CodedStore):
 
     def suits(self, use: Use) -> bool:
         """What the function's own backward alone reads."""
-        return use.readers == {f"{self.function}_backward"}
+        return use.readers == frozenset([f"{self.function}_backward"])
 
     def code(self) -> Code:
         """The intervals' numbers, packed."""
