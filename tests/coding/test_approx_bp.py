@@ -60,7 +60,7 @@ def test_forward_is_bit_equal_and_backward_multiplies_by_the_level(function, dty
     expected = g * code.steps(x)
     assert (code.steps(x).unsqueeze(1) == levels).any(1).all()
     tolerance = (
-        dict(atol=1e-6, rtol=1e-5) if dtype == torch.float32 else dict(atol=1e-12, rtol=1e-9)
+        {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-12, "rtol": 1e-9}
     )
     torch.testing.assert_close(gradient, expected, **tolerance)
 

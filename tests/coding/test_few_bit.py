@@ -13,7 +13,7 @@ from slimgrad.coding.step_functions import ACTIVATIONS, activation
 from slimgrad.errors import MethodError
 
 FUNCTIONS = sorted(ACTIVATIONS)
-ONE_BY_ONE = dict(atol=1e-5, rtol=1e-4)
+ONE_BY_ONE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 def through(code, forward, x, g):
@@ -48,7 +48,7 @@ def test_backward_multiplies_by_the_level(function, bits, dtype):
     inside = torch.ones_like(x, dtype=torch.bool)
     for boundary in code.steps.boundaries:  # a saved output next to a boundary is rounded across it
         inside &= (x.abs() - abs(boundary)).abs() > 1e-3
-    tolerance = ONE_BY_ONE if dtype == torch.float32 else dict(atol=1e-12, rtol=1e-9)
+    tolerance = ONE_BY_ONE if dtype == torch.float32 else {"atol": 1e-12, "rtol": 1e-9}
     torch.testing.assert_close(gradient[inside], expected[inside], **tolerance)
     assert gradient.unique().numel() > 100  # the gradients of the output came through
 

@@ -14,6 +14,7 @@ References: Novikov et al., arXiv 2202.00441: the minimisation and its dynamic p
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -92,7 +93,7 @@ def levels(
     bounds = [0, *cuts, num_cells]
     means = tuple(
         float(np.average(slopes[i:j], weights=weights[i:j] + 1e-300))
-        for i, j in zip(bounds[:-1], bounds[1:], strict=True)
+        for i, j in itertools.pairwise(bounds)
     )
     return StepFunction(tuple(float(edges[cut]) for cut in cuts), means, f.is_even)
 
