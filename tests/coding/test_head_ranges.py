@@ -2,6 +2,7 @@ import pytest
 import torch
 from tests.coding.test_group_codes import use_of
 from tests.coding.unbiased import assert_mean
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slimgrad import Ledger
 from slimgrad.coding.bits import BLOCK
@@ -114,6 +115,15 @@ def test_random_numbers_are_the_codes_own():
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(HeadRangesCode(seed=4).encode(x).decode(), first)
     assert not torch.equal(HeadRangesCode(seed=5).encode(x).decode(), first)
+
+
+def test_a_trace_leaves_no_state():
+    code = HeadRangesCode(2)
+    with FakeTensorMode():
+        code.encode(torch.empty(2, 8))
+    assert code.ranges is None
+    code.encode(torch.randn(2, 8))
+    assert code.ranges.isfinite().all()
 
 
 def test_what_does_not_fit_is_refused():

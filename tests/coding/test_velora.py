@@ -1,6 +1,7 @@
 import pytest
 import torch
 from tests.coding.test_group_codes import use_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slimgrad import Ledger
 from slimgrad.coding.velora import VeloraCode
@@ -68,6 +69,15 @@ def test_dense_tensors_in_any_order_and_empty_ones():
     assert torch.equal(back, expected.transpose(0, 1))
     assert VeloraCode(4).encode(torch.empty(0, 8)).decode().shape == (0, 8)
     assert torch.equal(VeloraCode(4).encode(torch.zeros(2, 8)).decode(), torch.zeros(2, 8))
+
+
+def test_a_trace_leaves_no_state():
+    code = VeloraCode(4)
+    with FakeTensorMode():
+        code.encode(torch.empty(2, 8))
+    assert code.direction is None
+    code.encode(torch.randn(2, 8))
+    assert code.direction.isfinite().all()
 
 
 def test_what_does_not_fit_is_refused():

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from slimgrad.coding.bits import BLOCK
 from slimgrad.coding.code import Use
@@ -66,14 +67,12 @@ class HeadRangesCode:
         form = Form.of(tensor)
         codes = torch.empty_strided(form.size, form.stride, dtype=torch.uint8, device=form.device)
         x_BHT, codes_BHT = by_heads(tensor.detach(), self.heads), by_heads(codes, self.heads)
-        if tensor.numel():
-            self._move(x_BHT)
         dtype = reckoned_in(tensor.dtype)
-        ranges_2H = (
-            self._ranges[0].clone()
-            if self._ranges
-            else torch.zeros(2, self.heads, dtype=dtype, device=tensor.device)
-        )
+        ranges_2H = self._moved(x_BHT) if tensor.numel() else self.ranges
+        if ranges_2H is None:
+            ranges_2H = torch.zeros(2, self.heads, dtype=dtype, device=tensor.device)
+        elif not is_fake(tensor):  # a trace has no values to be remembered
+            self._ranges[:] = [ranges_2H]
         generator = self.draws.on(tensor.device) if self.stochastic else None
         low, width = (each.view(beside(x_BHT)) for each in ranges_2H)
         inverse = torch.where(width > 0, TOP / width, 0.0)
@@ -90,15 +89,12 @@ class HeadRangesCode:
         """Bytes of codes and ranges."""
         return use.num_elements + 2 * self.heads * reckoned_in(use.torch_dtype).itemsize
 
-    def _move(self, x_BHT: Tensor) -> None:
+    def _moved(self, x_BHT: Tensor) -> Tensor:
         others = [place for place in range(x_BHT.dim()) if place != 1]
         low_H, high_H = x_BHT.amin(others), x_BHT.amax(others)
         seen_2H = torch.stack((low_H, high_H)).to(reckoned_in(x_BHT.dtype))
         seen_2H[1].sub_(seen_2H[0])
-        if self._ranges:
-            self._ranges[0].lerp_(seen_2H, 1 - self.momentum)
-        else:
-            self._ranges.append(seen_2H)
+        return seen_2H if self.ranges is None else self.ranges.lerp(seen_2H, 1 - self.momentum)
 
 
 @dataclass(frozen=True)

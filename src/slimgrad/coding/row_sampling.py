@@ -106,20 +106,19 @@ def sample_rows(
     total = norms_N.sum()
     p_N = torch.where(total > 0, norms_N / total, 1 / len(norms_N))
     p_sorted, order_N = p_N.sort(descending=True)
-    surely = num_winners(p_sorted, k) if is_winner_take_all else 0
-    rest = p_sorted[surely:]
-    mass = rest.sum()
-    if not mass > 0:  # nothing is left to be drawn: the other rows are zeros
-        rest, mass = torch.ones_like(rest), rest.new_tensor(float(len(rest)))
-    drawn = torch.multinomial(rest, k - surely, replacement=True, generator=generator)
-    rows = torch.cat([order_N[:surely], order_N[surely:][drawn]])
-    scale = norms_N.new_ones(k)
-    scale[surely:] = mass / ((k - surely) * rest[drawn])
-    return rows, scale
+    surely = num_winners(p_sorted, k) if is_winner_take_all else order_N.new_zeros(())
+    is_rest = torch.arange(len(p_N), device=p_N.device) >= surely
+    rest_N = torch.where(is_rest, p_sorted, 0.0)
+    # where nothing is left to be drawn, the other rows are zeros: any of them will do
+    rest_N = torch.where(rest_N.sum() > 0, rest_N, is_rest.to(rest_N.dtype))
+    drawn_K = torch.multinomial(rest_N, k, replacement=True, generator=generator)
+    scale_K = rest_N.sum() / ((k - surely) * rest_N[drawn_K])
+    is_drawn = is_rest[:k]
+    rows_K = torch.where(is_drawn, order_N[drawn_K], order_N[:k])
+    return rows_K, torch.where(is_drawn, scale_K, 1.0)
 
 
-def num_winners(p_sorted: Tensor, k: int) -> int:
+def num_winners(p_sorted: Tensor, k: int) -> Tensor:
     """``|C| < k``, the number of rows kept surely that makes the variance's bound least."""
     left = 1 - torch.cat([p_sorted.new_zeros(1), p_sorted[: k - 1].cumsum(0)])
-    bound = left.clamp_(min=0.0) / torch.arange(k, 0, -1, device=left.device)
-    return int(bound.argmin())
+    return (left.clamp_(min=0.0) / torch.arange(k, 0, -1, device=left.device)).argmin()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from slimgrad.coding.code import Use
 from slimgrad.coding.memory_order import Form, in_memory_order
@@ -29,9 +30,7 @@ class VeloraCode:
     """
 
     sub_token: int = 32
-    _direction: dict[torch.device, Tensor] = field(
-        default_factory=dict[torch.device, Tensor], init=False, repr=False
-    )
+    _direction: list[Tensor] = field(default_factory=list[Tensor], init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.sub_token < 1:
@@ -40,7 +39,7 @@ class VeloraCode:
     @property
     def direction(self) -> Tensor | None:
         """``v``, ``[M]``, in float32 or float64; None before the first tensor."""
-        return next(iter(self._direction.values()), None)
+        return self._direction[0] if self._direction else None
 
     @torch.no_grad()
     def encode(self, tensor: Tensor) -> VeloraEncoded:
@@ -55,11 +54,11 @@ class VeloraCode:
                 f"found {tensor.dtype} with rows of {width}"
             )
         z_SM = in_memory_order(tensor).view(-1, self.sub_token)
-        if not self._direction and len(z_SM):
-            self._direction[tensor.device] = _mean_direction(z_SM)
         v_M = self.direction
         if v_M is None:
-            v_M = z_SM.new_zeros(self.sub_token)
+            v_M = _mean_direction(z_SM) if len(z_SM) else z_SM.new_zeros(self.sub_token)
+            if len(z_SM) and not is_fake(z_SM):  # a trace has no values to be remembered
+                self._direction.append(v_M)
         return VeloraEncoded(torch.mv(z_SM, v_M.to(z_SM.dtype)), v_M, Form.of(tensor))
 
     def num_bytes(self, use: Use) -> int:
