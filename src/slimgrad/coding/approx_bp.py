@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def relus(function: str) -> tuple[float, float]:
     def gain(c: float) -> float:
         return projection(c) ** 2 * c**3
 
-    found = minimize_scalar(lambda c: -gain(c), bounds=(0.5, 20.0), options={"xatol": 1e-10})
+    found: Any = minimize_scalar(lambda c: -gain(c), bounds=(0.5, 20.0), options={"xatol": 1e-10})
     c = float(found.x)
     return projection(c), c
 

@@ -7,6 +7,7 @@ function ``q`` instead: ``x'`` is the *representative* of ``x``'s step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -105,30 +106,30 @@ def representatives(
     Of the points where the derivative has the level, that which is nearest to it once rounded to ``dtype``.
     """
     with _disable_current_modes():  # found once, on real tensors, whoever watches the first call
-        grid = torch.linspace(-FARTHEST, FARTHEST, 16001, dtype=torch.float64)
-        slopes = function.derivative(grid)
-        return tuple(
-            float(_representative(function, level, grid, slopes, dtype)) for level in levels
-        )
+        wanted = torch.tensor(levels, dtype=torch.float64)
+        points, number = _crossings(function, wanted)
+        kept = function.saved(points).to(dtype)
+        off = (function.slope(kept.double()) - wanted[number]).abs()
+        off_by_level = torch.where(number == torch.arange(len(levels)).unsqueeze(1), off, math.inf)
+        least, nearest = off_by_level.min(1)
+        if least.isinf().any():
+            raise MethodError(f"expected levels that the derivative takes, found {levels}")
+        return tuple(kept[nearest].tolist())
 
 
-def _representative(
-    function: Activation, level: float, grid: Tensor, slopes: Tensor, dtype: torch.dtype
-) -> Tensor:
-    above = slopes > level
-    crossings = (above[1:] != above[:-1]).nonzero().squeeze(1)
-    exact = grid[slopes == level]
-    if not len(crossings) and not len(exact):
-        raise MethodError(f"expected levels that the derivative takes, found {level}")
-    low, high = grid[crossings], grid[crossings + 1]
-    rises = slopes[crossings + 1] > level
+def _crossings(function: Activation, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the derivative has one of the levels, by bisection, and the number of that level."""
+    grid = torch.linspace(-FARTHEST, FARTHEST, 16001, dtype=torch.float64)
+    slopes = function.derivative(grid)
+    above = slopes > levels.unsqueeze(1)
+    number, place = (above[:, 1:] != above[:, :-1]).nonzero(as_tuple=True)
+    low, high, rises = grid[place], grid[place + 1], above[number, place + 1]
     for _ in range(44):
         middle = (low + high) / 2
-        is_right = (function.derivative(middle) > level) == rises
+        is_right = (function.derivative(middle) > levels[number]) == rises
         low, high = torch.where(is_right, low, middle), torch.where(is_right, middle, high)
-    points = torch.cat([(low + high) / 2, exact])
-    kept = function.saved(points).to(dtype)
-    return kept[(function.slope(kept.double()) - level).abs().argmin()]
+    of_level, exact = (slopes == levels.unsqueeze(1)).nonzero(as_tuple=True)
+    return torch.cat([(low + high) / 2, grid[exact]]), torch.cat([number, of_level])
 
 
 @dataclass(frozen=True)
