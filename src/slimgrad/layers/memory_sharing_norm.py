@@ -12,7 +12,7 @@ Limits: a norm whose output nobody else keeps (dropout or another norm follows) 
     its input is kept by others too. Under autocast linear layers keep a copy in the lower precision, which is not
     shared. The next layer may not write into the norm's output. No second derivatives. On CUDA, the weights are looked
     at in each forward pass, for channels to keep. Models without any such norm raise ``UnsupportedError``.
-References: Yang et al. (2024), section 4.2 and appendix (MS-LN, MS-RMSNorm). *departs:* the paper merges w and b into
+References: Yang et al. (2024), memory-sharing backpropagation (MS-LayerNorm, MS-RMSNorm). *departs:* the paper merges w and b into
     the linear layers after the norm and trains without them; here weights stay as they are, and are divided out in
     backward: the model's function, its parameters and its checkpoints are what they were, and it also works where
     a residual branch reads the norm's output too (BERT), which merging does not allow. ReGELU2 and ReSiLU2, the
