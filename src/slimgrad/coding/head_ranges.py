@@ -47,9 +47,9 @@ class HeadRangesCode:
     _ranges: list[Tensor] = field(default_factory=list[Tensor], init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or not 0 <= self.momentum < 1:
+        if self.heads < 0 or not 0 <= self.momentum < 1:
             raise MethodError(
-                "expected heads at least 1 and momentum in [0, 1), "
+                "expected heads at least 0 and momentum in [0, 1), "
                 f"found {self.heads} and {self.momentum}"
             )
         object.__setattr__(self, "draws", Draws(self.seed))
@@ -64,13 +64,13 @@ class HeadRangesCode:
         """The codes of ``tensor``. Raises UnsupportedError for other dtypes, or channels that heads do not divide."""
         if not tensor.dtype.is_floating_point:
             raise UnsupportedError(f"expected a floating-point tensor, found {tensor.dtype}")
-        form = Form.of(tensor)
+        form, heads = Form.of(tensor), self.heads or (tensor.shape[1] if tensor.dim() == 4 else 1)
         codes = torch.empty_strided(form.size, form.stride, dtype=torch.uint8, device=form.device)
-        x_BHT, codes_BHT = by_heads(tensor.detach(), self.heads), by_heads(codes, self.heads)
+        x_BHT, codes_BHT = by_heads(tensor.detach(), heads), by_heads(codes, heads)
         dtype = reckoned_in(tensor.dtype)
         ranges_2H = self._moved(x_BHT) if tensor.numel() else self.ranges
         if ranges_2H is None:
-            ranges_2H = torch.zeros(2, self.heads, dtype=dtype, device=tensor.device)
+            ranges_2H = torch.zeros(2, heads, dtype=dtype, device=tensor.device)
         elif not is_fake(tensor):  # a trace has no values to be remembered
             self._ranges[:] = [ranges_2H]
         generator = self.draws.on(tensor.device) if self.stochastic else None
@@ -83,11 +83,11 @@ class HeadRangesCode:
             else:
                 scaled.round_()
             into.copy_(scaled.clamp_(0, TOP))
-        return HeadRangesEncoded(codes, ranges_2H, form, self.heads)
+        return HeadRangesEncoded(codes, ranges_2H, form, heads)
 
     def num_bytes(self, use: Use) -> int:
-        """Bytes of codes and ranges."""
-        return use.num_elements + 2 * self.heads * reckoned_in(use.torch_dtype).itemsize
+        """Bytes of codes and ranges; of those of one range where ``heads`` is 0."""
+        return use.num_elements + 2 * max(self.heads, 1) * reckoned_in(use.torch_dtype).itemsize
 
     def _moved(self, x_BHT: Tensor) -> Tensor:
         others = [place for place in range(x_BHT.dim()) if place != 1]
