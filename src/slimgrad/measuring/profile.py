@@ -179,7 +179,9 @@ def _trace_from_json(data: Mapping[str, Any]) -> Trace:
 
 
 def _coding_cost(data: Mapping[str, Any]) -> CodingCost:
-    return CodingCost(**{**data, "shares": tuple((s, share) for s, share in data["shares"])})
+    values: dict[str, Any] = dict(data)
+    values["shares"] = tuple((s, share) for s, share in data["shares"])
+    return CodingCost(**values)
 
 
 def _as_tuples(data: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from slimgrad.methods.activations.coded_store import CodedStore
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 from slimgrad.planning.settings import block_record, layout_of, model_record
 
-_PROBES = 4  # blocks of one kind that are tried; between them the error is interpolated
+_PROBES = 3  # blocks of one kind that are tried; between them the error is interpolated
 _SAMPLE_ELEMENTS = 2**21  # of the tensor on which a code is timed
 _ROUNDS = 3
 
@@ -48,7 +48,7 @@ def coding_costs(
 ) -> Costs:
     """For each block and each setting that suits it, the seconds of its code and what it does to the gradient.
 
-    One step is run as it is, and one with each setting on each of at most four blocks of one kind, from the same
+    One step is run as it is, and one with each setting on each of at most three blocks of one kind, from the same
     random state; the square of the relative L2 error of the whole gradient is what is noted, interpolated between
     those blocks. Nothing of the user's is changed.
 
