@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tests.coding.unbiased import DRAWS, assert_mean
@@ -26,7 +27,7 @@ from slimgrad.verifying.gradient import relative_error, same_bits
 
 QUICK = ("mlp", "conv_batchnorm", "attention", "llama", "tied")  # of the last no tensor is large
 PAIRS = [pytest.param(m, s, id=f"{m}-{s}") for m in stores() for s in QUICK]
-SQUARES = 2.0  # the square of the error on all blocks is at most so much of the sum of their squares
+SQUARES = 1.5  # the square of the error on all blocks is at most so much of the sum of their squares
 
 
 def settings_or_skip(name: str, sample: str) -> list[Coded]:
@@ -60,12 +61,18 @@ def test_the_loss_is_plains_and_the_gradients_error_is_what_was_measured(
 def test_predicted_peak_is_the_measured_one(name: str, sample: str) -> None:
     profile = sensitive_profile(sample)
     for coded in settings_or_skip(name, sample):
-        predicted = predicted_peak(programme_of(profile, coded))
+        programme = programme_of(profile, coded)
+        predicted = predicted_peak(programme)
         model, loss_fn, batch = SAMPLES[sample].make()
         optimizer = adamw(model)
         with apply(plan_of(model, optimizer, coded.choices), model, optimizer, loss_fn) as step:
             measured = measured_peak(step, batch)
-        assert predicted == pytest.approx(measured, rel=0.03), coded.choices[0]
+        assert predicted >= 0.97 * measured
+        live = programme.replay(np.ones(len(programme.menu.options)))[0]
+        above = 0  # in a block's forward, what it lets go of is counted to its end
+        if "forward of" in programme.layout.where(int(live.argmax())):
+            above = max(r.saved_bytes for r in coded.records.values())
+        assert predicted <= 1.03 * measured + above, coded.choices[0]
 
 
 @pytest.mark.parametrize(("name", "sample"), PAIRS)
