@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -66,18 +67,21 @@ def with_errors(blocks: Any, errors: list[float], allowed: float) -> Programme:
     return Programme(made.scheme, Menu(made.layout, options), allowed)
 
 
-def every_choice(programme: Programme) -> list[tuple[int, float, float]]:
-    """(peak, added seconds, squared error) of every choice of at most one option a block."""
+def every_choice(programme: Programme) -> list[tuple[int, float, float, float]]:
+    """(peak, peak with shared border tensors counted for each block, added seconds, squared error) of every choice of
+    at most one option a block."""
     options = programme.menu.options
     paths = sorted({o.path for o in options})
     by_path = [[None, *(i for i, o in enumerate(options) if o.path == p)] for p in paths]
-    found: list[tuple[int, float, float]] = []
+    found: list[tuple[int, float, float, float]] = []
+    slots = range(programme.layout.num_slots)
     for picked in itertools.product(*by_path):
         chosen = np.zeros(len(options))
         chosen[[i for i in picked if i is not None]] = 1
         peak = int(programme.replay(chosen)[0].max())
+        alone = float((programme.fixed + chosen @ programme.menu.at(slots)).max())
         error = float(chosen @ programme.menu.squared_errors)
-        found.append((peak, float(chosen @ programme.added_s), error))
+        found.append((peak, alone, float(chosen @ programme.added_s), error))
     return found
 
 
@@ -91,7 +95,7 @@ ERRORS = st.lists(st.sampled_from([0.0, 0.004, 0.01, 0.02, 0.04]), min_size=1, m
 
 @DRAWN
 @given(
-    blocks=BLOCKS.filter(lambda blocks: len(blocks) <= 4),
+    blocks=BLOCKS.map(lambda blocks: blocks[:3]),
     errors=ERRORS,
     allowed=st.sampled_from([0.001, 0.012, 0.03, 0.1]),
     share=st.floats(0.0, 1.0),
@@ -100,19 +104,26 @@ def test_the_fastest_within_the_error_is_what_exhaustive_search_finds(
     blocks: Any, errors: list[float], allowed: float, share: float
 ) -> None:
     programme = with_errors(blocks, errors, allowed)
-    choices = [c for c in every_choice(programme) if c[2] <= allowed**2 * (1 + 1e-9)]
-    lowest, plain = min(p for p, _, _ in choices), choices[0][0]
+    choices = [c for c in every_choice(programme) if c[3] <= allowed**2 * (1 + 1e-9)]
+    lowest, plain = min(c[0] for c in choices), choices[0][0]
     budget = int(lowest + share * (plain - lowest))
+    fitting = [c[2] for c in choices if c[0] <= budget]
+    surely = [c[2] for c in choices if c[1] <= budget]  # by the programme's own reckoning
     solution = programme.least_seconds(budget)
-    assert solution is not None
-    assert error_of(solution.options) <= allowed * (1 + 1e-6)
-    best = min(s for p, s, _ in choices if p <= budget)
-    assert solution.seconds - programme.scheme.seconds == pytest.approx(best, rel=1.1e-3, abs=1e-6)
+    assert solution is not None or not surely
+    if solution is not None:
+        assert solution.peak_bytes <= budget
+        assert error_of(solution.options) <= allowed * (1 + 1e-6)
+        added = solution.seconds - programme.scheme.seconds
+        assert added >= min(fitting) - 1e-6
+        gap = 1.1e-3 * programme.scheme.seconds + 1e-6  # the solver stops within a thousandth
+        assert added <= min(surely, default=np.inf) + gap
     leanest = programme.least_peak()
     assert error_of(leanest.options) <= allowed * (1 + 1e-6)
     assert leanest.peak_bytes >= lowest
 
 
+@functools.cache
 def timed_profile() -> Profile:
     """The profile of a small transformer with codes that take no time and operations that take some."""
     profile = sensitive_profile("attention")
