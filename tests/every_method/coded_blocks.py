@@ -38,7 +38,9 @@ class Coded:
         return [
             Choice(path, name, dict(hyperparameters(method)))
             for path, methods in self.by_path.items()
-            for name, method in zip((_name(methods[0]), "selective_recompute"), methods, strict=True)
+            for name, method in zip(
+                (_name(methods[0]), "selective_recompute"), methods, strict=True
+            )
         ]
 
     def attach(self, host: Host) -> Undo:

@@ -27,7 +27,9 @@ from slimgrad.verifying.gradient import relative_error, same_bits
 
 QUICK = ("mlp", "conv_batchnorm", "attention", "llama", "tied")  # of the last no tensor is large
 PAIRS = [pytest.param(m, s, id=f"{m}-{s}") for m in stores() for s in QUICK]
-SQUARES = 1.5  # the square of the error on all blocks is at most so much of the sum of their squares
+SQUARES = (
+    1.5  # the square of the error on all blocks is at most so much of the sum of their squares
+)
 
 
 def settings_or_skip(name: str, sample: str) -> list[Coded]:

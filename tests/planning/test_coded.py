@@ -46,7 +46,7 @@ def test_no_storage_is_coded_twice_and_each_way_ends_with_a_schedule(sample: str
             numbers = [c.number for c in way.record.coded]
             assert numbers
             assert len(numbers) == len(set(numbers))
-            given_ = [n for method in way.methods[:-1] for n in getattr(method, "storages")]
+            given_ = [n for method in way.methods[:-1] for n in method.storages]
             assert len(given_) == len(set(given_))
             assert set(numbers) <= set(given_)
             assert not set(numbers) & set(way.record.kept)

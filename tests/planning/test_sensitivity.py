@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -48,7 +49,7 @@ def test_errors_fall_with_bits_and_every_cost_is_positive(sample: str) -> None:
     for found in by_name.values():
         errors = [error for _, error in sorted(found)]
         # a bit more halves the step: at least a factor of 2 for each two bits
-        assert all(more > 2 * less > 0 for more, less in zip(errors, errors[1:]))
+        assert all(more > 2 * less > 0 for more, less in itertools.pairwise(errors))
     for costs in coding.values():
         assert all(min(c.encode_s, c.decode_s, c.squared_error) > 0 for c in costs.values())
 
@@ -167,5 +168,3 @@ def test_a_plan_whose_error_is_measured_above_what_is_allowed_is_made_again(
     assert step.report.passed
     assert 0 < step.report.gradient_error <= 0.006
     assert {c.method for c in step.plan.choices} & stores().keys()
-
-

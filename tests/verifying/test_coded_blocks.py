@@ -24,7 +24,9 @@ def compared(name: str = "half_store", error: float = 0.2) -> Report:
     assert not isinstance(settings, Refusal)
     model, loss_fn, batch = SAMPLES["mlp"].make()
     optimizer = adamw(model)
-    plan = replace(plan_of(model, optimizer, settings[0].choices), error=error, plain_peak_bytes=1000)
+    plan = replace(
+        plan_of(model, optimizer, settings[0].choices), error=error, plain_peak_bytes=1000
+    )
     with slimgrad.apply(plan, model, optimizer, loss_fn) as step:
         return slimgrad.verify(step, batch, time_pairs=0, available_bytes=0)
 

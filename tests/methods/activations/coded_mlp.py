@@ -59,7 +59,9 @@ def attached(model: nn.Module, record: Record, setting: CodedStore | None) -> Co
     """``setting`` on what it suits of every block, nothing run again; the store on one block."""
     assert record.graph is not None
     host, store = Host(model, None, mean_square), setting and setting.on(record)
-    schedule = SelectiveRecompute(tuple(s for s, saved in enumerate(record.graph.is_saved) if saved))
+    schedule = SelectiveRecompute(
+        tuple(s for s, saved in enumerate(record.graph.is_saved) if saved)
+    )
     for path in map(str, range(NUM_BLOCKS)):
         for method in (store, schedule) if store else (schedule,):
             method.attach(Block(path, Scope.BLOCK, host=host))

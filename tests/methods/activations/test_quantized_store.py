@@ -6,7 +6,14 @@ import functools
 
 import pytest
 import torch
-from tests.methods.activations.coded_mlp import NORMED, NUM_BLOCKS, UP, freed_bytes, offered, records
+from tests.methods.activations.coded_mlp import (
+    NORMED,
+    NUM_BLOCKS,
+    UP,
+    freed_bytes,
+    offered,
+    records,
+)
 
 from slimgrad.errors import MethodError
 from slimgrad.method import Record
