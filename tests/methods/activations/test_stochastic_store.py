@@ -51,7 +51,14 @@ def test_what_backward_uses_otherwise_is_not_touched() -> None:
 
 @pytest.mark.parametrize(
     "readers",
-    [[], ["gelu_backward"], ["mm", "threshold_backward"], ["native_layer_norm_backward"]],
+    [
+        [],
+        ["gelu_backward"],
+        ["mm", "threshold_backward"],
+        ["bmm"],
+        ["mm", "bmm"],
+        ["native_layer_norm_backward"],
+    ],
 )
 def test_only_linear_uses_suit(readers: list[str]) -> None:
     assert StochasticStore().suits(Use(8192, "float32", 64, frozenset(["mm"])))
