@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slimgrad.cli.job_options import job_options, job_spec
+
+if TYPE_CHECKING:
+    from slimgrad.measuring.profile import Profile
 
 
 @click.command()
@@ -74,3 +77,30 @@ def command(
         click.echo(json.dumps(data, indent=2, default=str))
         return
     click.echo(str(profile))
+    if sensitivity:
+        click.echo(f"\n{_sensitivity_text(profile)}")
+
+
+def _sensitivity_text(profile: Profile) -> str:
+    """A row for each setting of the codes: the gradient's error with it on every block, and its time."""
+    from statistics import median
+
+    from rich.table import Table
+
+    from slimgrad.measuring.table import as_text
+    from slimgrad.planning.sensitivity import largest_errors
+
+    if not profile.coding:
+        return "codes of saved tensors: no block saves a tensor that one of them is for"
+    title = "Saved tensors as codes, on every block that they suit"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("setting")
+    for name in ("error of the gradient", "encode, ns an element", "decode, ns an element"):
+        table.add_column(name, justify="right")
+    for setting, error in largest_errors(profile.coding):
+        name, fields = setting
+        costs = [by[setting] for by in profile.coding.values() if setting in by]
+        spent = (median(c.encode_s for c in costs), median(c.decode_s for c in costs))
+        shown = " ".join([name, *(f"{k}={v}" for k, v in fields)])
+        table.add_row(shown, f"{error:.2g}", *(f"{1e9 * seconds:.2f}" for seconds in spent))
+    return as_text(table)

@@ -245,6 +245,11 @@ def refusals(profile: Profile, allowed: Allowed) -> dict[str, str]:
             reasons[name] = "compiling was not allowed (allow_compile=False)"
         elif not allowed.permits(cls):
             reasons[name] = f"its rung, {cls.exactness}, is looser than {allowed.exactness}"
+        elif issubclass(cls, CodedStore) and not profile.coding:
+            reasons[name] = (
+                "no block saves what its code is for, or what it does to the gradient was not measured: "
+                "measure with sensitivity=True"
+            )
         elif cls.scope is Scope.MODEL and not isinstance(cls, Rewriting):
             offer = cls().offer(Block("", Scope.MODEL, record))
             if isinstance(offer, Refusal):

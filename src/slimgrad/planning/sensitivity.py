@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +79,8 @@ def coding_costs(
             mine = _of(trials[0].store.storages, shares[trials[0].graph.uses])
             between = np.interp(np.arange(len(trials)), probes, errors)
             for trial, error in zip(trials, between.tolist(), strict=True):
+                if not math.isfinite(error):
+                    continue  # no gradient is left: the setting is not offered there
                 costs.setdefault(trial.path, {})[setting] = CodingCost(*spent, error, mine)
     return costs
 
@@ -152,8 +155,9 @@ def _shares(passes: _Passes, trial: _Trial) -> dict[int, float]:
 
 def _of(storages: Sequence[int], errors: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
     """The share of each of ``storages`` in what they bring together."""
-    mean = sum(errors.values()) / len(errors)
-    mine = {s: errors.get(s, mean) for s in storages}
+    known = [e for e in errors.values() if math.isfinite(e)]
+    largest = max(known, default=1.0)
+    mine = {s: e if math.isfinite(e := errors.get(s, largest)) else largest for s in storages}
     total = sum(mine.values())
     return tuple((s, e / total if total else 1 / len(mine)) for s, e in mine.items())
 

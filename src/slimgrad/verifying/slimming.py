@@ -75,18 +75,14 @@ def slim(
     profile = measure(model, optimizer, loss_fn, sample, limit_bytes=limit, **coding, **run)
     run |= {"exactness": exactness, "error": error, "allow": allow}
     replan = functools.partial(plan, profile, asked, clip_grad_norm=clip_grad_norm, **run)
-    applied = functools.partial(
-        apply, clip_grad_norm=clip_grad_norm, folder=folder, profile=profile, on_larger=on_larger
-    )
+    users: dict[str, Any] = {"model": model, "optimizer": optimizer, "loss_fn": loss_fn}
+    users |= {"clip_grad_norm": clip_grad_norm, "folder": folder, "on_larger": on_larger}
+    attached = functools.partial(apply, profile=profile, **users)
     try:
         made = replan(reserve_bytes=0)
     except BudgetError:
         refuse_non_finite(model, loss_fn, sample)  # parts of such a batch cannot be weighed
         raise
-
-    def attached(made: Plan) -> Step:
-        return applied(made, model, optimizer, loss_fn)
-
     if verify:
         return _tightened_until_verified(made, replan, attached, sample)
     step = attached(made)

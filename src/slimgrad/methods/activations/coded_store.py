@@ -118,6 +118,8 @@ class CodedStore(ABC):
     def attach(self, block: Block) -> Undo:
         """Name the codes for the schedule that follows."""
         codes, path = block.live.codes, block.path
-        before = codes.get(path, {})
-        codes[path] = before | {number: self.code() for number in self.storages}
+        before = codes.get(path)
+        codes[path] = (before or {}) | {number: self.code() for number in self.storages}
+        if before is None:
+            return Undo(lambda: codes.pop(path))
         return Undo(lambda: codes.__setitem__(path, before))

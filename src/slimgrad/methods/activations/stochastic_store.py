@@ -7,7 +7,9 @@ Exactness: unbiased: the forward pass is bit-equal, gradients of activations are
     in what is kept, so that their mean over the rounding is exact; their variance is that of the rounding, and
     ``error`` bounds it by what ``measure(sensitivity=True)`` found on one draw.
 Limits: tensors that backward uses in matrix products and convolutions alone: what an activation function, a norm or a
-    fused attention saves enters in a way that is not linear. One tensor that two products use is rounded once for both,
+    fused attention saves enters in a way that is not linear, and batched products multiply activations with each other:
+    a tensor in both factors would be squared, its variance a bias. Of two activations in one unbatched product this
+    cannot be told: there the claim does not hold. One tensor that two products use is rounded once for both,
     which is still unbiased in each. Else as ``quantized_store``.
 References: Chen et al. (2021), sections 3 and 4.1: unbiased gradients from stochastically rounded activations; groups of
     256. *departs:* only saved tensors whose use is linear, so that the claim holds to the letter; bits for each
@@ -27,7 +29,7 @@ from slimgrad.method import Paper
 from slimgrad.methods.activations.coded_store import CodedStore
 from slimgrad.types import Exactness
 
-LINEAR = frozenset(["mm", "bmm", "addmm", "baddbmm", "convolution_backward"])
+LINEAR = frozenset(["mm", "addmm", "convolution_backward"])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""What codes do to the gradient: measured without a trace, smaller with more bits, kept to by ``slim``."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.every_method.coded_blocks import sensitive_profile, stores
+from tests.plain_training import State, plain_step
+from tests.sample_models import SAMPLES, adamw
+from torch import Tensor, nn
+
+import slimgrad
+from slimgrad.errors import LossError
+from slimgrad.host import Host
+from slimgrad.measuring.profile import Profile
+from slimgrad.method import CodingCost, Setting
+from slimgrad.planning import sensitivity
+from slimgrad.planning.sensitivity import coding_costs, largest_errors
+
+
+@pytest.mark.parametrize("sample", ["attention", "conv_batchnorm"])
+def test_nothing_of_the_users_is_changed(sample: str) -> None:
+    profile = sensitive_profile(sample)
+    model, loss_fn, batch = SAMPLES[sample].make()
+    optimizer = adamw(model)
+    plain_step(model, optimizer, loss_fn, batch)  # there is state that could be changed
+    loss_fn(model, batch).backward()  # and there are gradients
+    before = State.of(model, optimizer)
+    held = {path: set(vars(module)) for path, module in model.named_modules()}
+    assert coding_costs(Host(model, optimizer, loss_fn), batch, profile)
+    assert State.of(model, optimizer).differences(before) == []
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == held
+
+
+@pytest.mark.parametrize("sample", ["mlp", "attention"])
+def test_errors_fall_with_bits_and_every_cost_is_positive(sample: str) -> None:
+    coding = sensitive_profile(sample).coding
+    by_name: dict[str, list[tuple[int, float]]] = {}
+    for (name, fields), error in largest_errors(coding):
+        by_name.setdefault(name, []).append((dict(fields).get("bits", 16), error))
+    assert by_name.keys() == stores().keys()
+    for found in by_name.values():
+        errors = [error for _, error in sorted(found)]
+        # a bit more halves the step: at least a factor of 2 for each two bits
+        assert all(more > 2 * less > 0 for more, less in itertools.pairwise(errors))
+    for costs in coding.values():
+        assert all(min(c.encode_s, c.decode_s, c.squared_error) > 0 for c in costs.values())
+
+
+def test_largest_errors_are_sums_of_squares_in_order() -> None:
+    narrow, wide = ("b", (("bits", 2),)), ("a", ())
+    costs = {
+        "0": {narrow: CodingCost(1.0, 1.0, 9e-4), wide: CodingCost(1.0, 1.0, 1e-4)},
+        "1": {narrow: CodingCost(1.0, 1.0, 16e-4)},
+    }
+    assert largest_errors(costs) == [(wide, pytest.approx(0.01)), (narrow, pytest.approx(0.05))]
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return x_ND + self.down(nn.functional.gelu(self.up(x_ND)))
+
+
+def test_between_the_blocks_that_are_tried_errors_are_interpolated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+
+    def numbered(*arguments: Any) -> float:
+        tried.append(arguments[-1].path)
+        return float(int(arguments[-1].path) ** 2)
+
+    monkeypatch.setattr(sensitivity, "_squared_error", numbered)
+    model, batch = nn.Sequential(*(Mlp() for _ in range(9))), torch.randn(128, 16)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    profile = slimgrad.measure(model, None, loss_fn, batch, limit_s=0.0, allow_compile=False)
+    costs = coding_costs(Host(model, None, loss_fn), batch, profile)
+    assert set(tried) == {"0", "3", "5", "8"}
+    errors = {int(p): {c.squared_error for c in by.values()} for p, by in costs.items()}
+    assert sorted(errors) == list(range(9))
+    for block, found in errors.items():
+        expected = float(np.interp(block, [0, 3, 5, 8], [0.0, 9.0, 25.0, 64.0]))
+        assert list(found) == [pytest.approx(expected)]
+
+
+def test_fake_weights_and_steps_that_do_not_fit_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    profile = sensitive_profile("mlp")
+    model, loss_fn, batch = SAMPLES["mlp"].make()
+    host = Host(model, None, loss_fn)
+    monkeypatch.setattr(sensitivity, "free_bytes", lambda _: 2 * profile.peak_bytes - 1)
+    with pytest.raises(LossError, match="smaller batch"):
+        coding_costs(host, batch, profile)
+    monkeypatch.setattr(sensitivity, "is_fake", lambda _: True)
+    with pytest.raises(LossError, match="real tensors"):
+        coding_costs(host, batch, profile)
+
+
+@functools.cache
+def coded_alone(shortened: float = 1.0) -> Profile:
+    """A profile of a small transformer in which codes alone are cheap, and the cheaper the fewer bits they have.
+
+    Their errors are said to be ``shortened`` times what they are.
+    """
+    model, loss_fn, batch = SAMPLES["attention"].make()
+    kwargs = {"limit_s": 0.0, "allow_compile": False, "sensitivity": True}
+    profile = slimgrad.measure(model, None, loss_fn, batch, **kwargs)  # no state that could go
+    plain = profile.variants[()]
+    timed = replace(plain, op_seconds=np.full_like(plain.op_seconds, 1e-3))
+
+    def shown(setting: Setting, cost: CodingCost) -> CodingCost:
+        seconds = 1e-11 * dict(setting[1]).get("bits", 16)
+        return CodingCost(seconds, seconds, cost.squared_error * shortened**2)
+
+    coding = {p: {s: shown(s, c) for s, c in costs.items()} for p, costs in profile.coding.items()}
+    return replace(profile, variants={(): timed}, coding=coding)
+
+
+def slimmed(
+    monkeypatch: pytest.MonkeyPatch, shortened: float, error: float
+) -> tuple[slimgrad.Step, Sequence[Any]]:
+    """The step that ``slim`` makes of the small transformer, and each plan's predicted error."""
+    from slimgrad.verifying import slimming
+
+    profile, planned = coded_alone(shortened), list[Any]()
+
+    def noted(*arguments: Any, **kwargs: Any) -> Any:
+        planned.append(slimgrad.plan(*arguments, **kwargs))
+        return planned[-1]
+
+    monkeypatch.setattr(slimming, "measure", lambda *_, **__: profile)
+    monkeypatch.setattr(slimming, "plan", noted)
+    model, loss_fn, batch = SAMPLES["attention"].make()
+    kwargs = {"budget": "92%", "exactness": "approximate", "error": error}
+    return slimgrad.slim(model, None, loss_fn, batch, **kwargs), planned
+
+
+def test_slim_keeps_to_the_error_with_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, _ = slimmed(monkeypatch, 1.0, 0.02)
+    assert step.report.passed
+    assert 0 < step.report.gradient_error <= 0.02
+    assert {c.method for c in step.plan.choices} & stores().keys()
+    assert step.report.peak_bytes <= step.plan.budget_bytes
+
+
+def test_a_plan_whose_error_is_measured_above_what_is_allowed_is_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, planned = slimmed(monkeypatch, 0.1, 0.006)
+    assert len(planned) >= 2
+    assert planned[-1].predicted_error < planned[0].predicted_error
+    assert step.plan.error == 0.006  # what the user allowed, not what was planned for
+    assert step.report.passed
+    assert 0 < step.report.gradient_error <= 0.006
+    assert {c.method for c in step.plan.choices} & stores().keys()
