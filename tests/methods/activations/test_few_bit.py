@@ -1,0 +1,69 @@
+"""Few-bit derivatives as a store: the bytes of GELU's input, its gradient, and what is left alone."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from tests.methods.activations.coded_mlp import (
+    NUM_BLOCKS,
+    UP,
+    attached,
+    freed_bytes,
+    made,
+    mean_square,
+    offered,
+    records,
+)
+
+from slimgrad.code import Use
+from slimgrad.errors import MethodError
+from slimgrad.method import Record
+from slimgrad.methods.activations.few_bit import FUNCTIONS, FewBit
+
+
+@functools.cache
+def record() -> Record:
+    return records()["1"]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_bits_of_32_of_what_gelu_saves_stay(bits: int) -> None:
+    store = FewBit(bits=bits).on(record())
+    assert [c.num_bytes for c in offered(record(), store).coded] == [UP * bits // 8]
+    assert freed_bytes(record(), FewBit(bits=bits)) == NUM_BLOCKS * (4 * UP - UP * bits // 8)
+
+
+def gradients(bits: int | None) -> dict[str, torch.Tensor]:
+    model, batch = made()
+    if bits is not None:
+        attached(model, record(), FewBit(bits=bits))
+    mean_square(model, batch).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_more_bits_are_nearer_and_the_last_layer_is_exact() -> None:
+    plain, errors = gradients(None), list[float]()
+    for bits in (1, 2, 3, 4):
+        ours = gradients(bits)
+        assert torch.equal(ours["3.down.weight"], plain["3.down.weight"])  # GELU's output is kept
+        off, size = ours["0.up.weight"] - plain["0.up.weight"], plain["0.up.weight"]
+        errors.append(float(off.norm() / size.norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert 0 < errors[-1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_only_the_functions_own_backward_may_read(function: str) -> None:
+    own = f"{function}_backward"
+    assert FewBit(function=function).suits(Use(8192, "float32", 64, frozenset([own])))
+    for readers in ([], ["mm"], [own, "mm"]):
+        assert not FewBit(function=function).suits(Use(8192, "float32", 64, frozenset(readers)))
+
+
+def test_other_functions_and_bits_are_refused() -> None:
+    with pytest.raises(MethodError, match="function must be one of"):
+        FewBit(function="relu")
+    with pytest.raises(MethodError, match="bits must be 1 to 4, found 5"):
+        FewBit(bits=5)
