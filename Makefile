@@ -75,6 +75,7 @@ docs: $(VENV)/.dev ## Write the generated pages again
 bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/budgets.py
 	$(BIN)/python benchmarks/activations.py
+	$(BIN)/python benchmarks/approximate.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/longest.py
 	$(BIN)/slimgrad bench frontier --device cpu --out runs/frontier $(BENCH_OPTIONS)
