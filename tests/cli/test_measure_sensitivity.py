@@ -53,8 +53,11 @@ def test_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coding: dict[str, list[Any]] = json.loads(result.stdout)["coding"]
     assert list(coding) == ["blocks.0", "blocks.1", "blocks.2"]
     for costs in coding.values():
-        assert {setting[0] for setting, _ in costs} == stores().keys()
+        names = {setting[0] for setting, _ in costs}
+        assert {"half_store", "quantized_store"} <= names <= stores().keys()
         for _, cost in costs:
+            shares = dict(cost.pop("shares"))
+            assert sum(shares.values()) == pytest.approx(1.0)
             assert cost.keys() == {"encode_s", "decode_s", "squared_error"}
             assert all(figure > 0 for figure in cost.values())
 
@@ -66,11 +69,11 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "error of the gradient" in table[0]
     assert "decode, ns an element" in table[0]
     rows = [line.split() for line in table[1:] if line.strip()]
-    assert {row[0] for row in rows} == stores().keys()
+    assert {"half_store", "quantized_store"} <= {row[0] for row in rows} <= stores().keys()
     assert "quantized_store bits=4" in result.stdout
     errors = [float(row[-3]) for row in rows]
     assert errors == sorted(errors)
-    assert all(0 < error < 1 for error in errors)
+    assert all(0 < error < 3 for error in errors)
     assert all(float(figure) > 0 for row in rows for figure in row[-2:])
 
 

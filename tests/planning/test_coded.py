@@ -22,6 +22,7 @@ from slimgrad.planning.coded import coded_ways, undominated
 from slimgrad.planning.menu import Menu
 from slimgrad.planning.plan import Plan, plan
 from slimgrad.planning.solve import Programme
+from slimgrad.types import Exactness
 
 PRICES = st.lists(st.tuples(*[st.integers(0, 4)] * 3), max_size=12)
 
@@ -50,11 +51,10 @@ def test_no_storage_is_coded_twice_and_each_way_ends_with_a_schedule(sample: str
             assert len(given_) == len(set(given_))
             assert set(numbers) <= set(given_)
             assert not set(numbers) & set(way.record.kept)
-            assert way.record.squared_error == pytest.approx(
-                sum(record.coding[m.setting].squared_error for m in way.methods[:-1])  # pyright: ignore[reportAttributeAccessIssue]
-            )
+            whole = sum(record.coding[m.setting].squared_error for m in way.methods[:-1])  # pyright: ignore[reportAttributeAccessIssue]
+            assert 0 < way.record.squared_error <= whole * (1 + 1e-9)  # of what is kept as a code
             twos += len(way.methods) == 3
-    assert twos
+    assert twos or sample != "mlp"
 
 
 def with_errors(blocks: Any, errors: list[float], allowed: float) -> Programme:
@@ -176,14 +176,17 @@ def test_an_error_that_is_none_is_refused(error: Any) -> None:
 
 def test_unbiased_plans_have_unbiased_codes_alone() -> None:
     made = plan(timed_profile(), "min", exactness="unbiased", error=0.5)
-    assert {c.method for c in made.choices} & set(stores()) == {"stochastic_store"}
+    used = {c.method for c in made.choices} & set(stores())
+    assert {stores()[name].exactness for name in used} <= {Exactness.UNBIASED}
 
 
 @pytest.mark.parametrize("name", stores())
 def test_a_profile_without_sensitivity_refuses_codes(name: str) -> None:
     profile = replace(timed_profile(), coding={})
     record = next(r for r in records_of(profile).values() if r.graph is not None)
-    store = next(iter(stores()[name].grades(Block("", Scope.BLOCK, record))))
+    store = next(iter(stores()[name].grades(Block("", Scope.BLOCK, record))), None)
+    if store is None:
+        pytest.skip("it suits nothing that the sample saves")
     offer = store.offer(Block("", Scope.BLOCK, record))
     assert isinstance(offer, Refusal)
     assert "sensitivity=True" in offer.reason

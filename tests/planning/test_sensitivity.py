@@ -45,8 +45,9 @@ def test_errors_fall_with_bits_and_every_cost_is_positive(sample: str) -> None:
     by_name: dict[str, list[tuple[int, float]]] = {}
     for (name, fields), error in largest_errors(coding):
         by_name.setdefault(name, []).append((dict(fields).get("bits", 16), error))
-    assert by_name.keys() == stores().keys()
-    for found in by_name.values():
+    assert {"half_store", "quantized_store"} <= by_name.keys() <= stores().keys()
+    for name in by_name.keys() & {"quantized_store", "stochastic_store"}:
+        found = by_name[name]
         errors = [error for _, error in sorted(found)]
         # a bit more halves the step: at least a factor of 2 for each two bits
         assert all(more > 2 * less > 0 for more, less in itertools.pairwise(errors))
@@ -77,11 +78,11 @@ def test_between_the_blocks_that_are_tried_errors_are_interpolated(
 ) -> None:
     tried: list[str] = []
 
-    def numbered(*arguments: Any) -> float:
-        tried.append(arguments[-1].path)
-        return float(int(arguments[-1].path) ** 2)
+    def numbered(_: Any, path: str, *__: Any) -> float:
+        tried.append(path)
+        return float(int(path) ** 2)
 
-    monkeypatch.setattr(sensitivity, "_squared_error", numbered)
+    monkeypatch.setattr(sensitivity._Passes, "squared_error", numbered)
     model, batch = nn.Sequential(*(Mlp() for _ in range(9))), torch.randn(128, 16)
 
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
@@ -89,11 +90,11 @@ def test_between_the_blocks_that_are_tried_errors_are_interpolated(
 
     profile = slimgrad.measure(model, None, loss_fn, batch, limit_s=0.0, allow_compile=False)
     costs = coding_costs(Host(model, None, loss_fn), batch, profile)
-    assert set(tried) == {"0", "3", "5", "8"}
+    assert set(tried) == {"0", "4", "8"}
     errors = {int(p): {c.squared_error for c in by.values()} for p, by in costs.items()}
     assert sorted(errors) == list(range(9))
     for block, found in errors.items():
-        expected = float(np.interp(block, [0, 3, 5, 8], [0.0, 9.0, 25.0, 64.0]))
+        expected = float(np.interp(block, [0, 4, 8], [0.0, 16.0, 64.0]))
         assert list(found) == [pytest.approx(expected)]
 
 

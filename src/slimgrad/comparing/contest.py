@@ -29,9 +29,6 @@ from slimgrad.planning.profiling import measure
 from slimgrad.types import Budget, format_bytes
 
 BUDGETS = ("100%", "80%", "60%", "50%", "40%", "30%", "min")
-_WHOLE_BYTES = (
-    2**20
-)  # to which a peer's peak is rounded up: a loss value more does not tell two plans apart
 Say = Callable[[str], None]
 T = TypeVar("T")
 
@@ -68,8 +65,8 @@ class Contest:
 def run(contest: Contest, say: Say = lambda _: None) -> Iterator[list[Row]]:
     """The rows of each model, once that model is done. What fails is a row with its error, never raised.
 
-    Plain training and the peers come first; slimgrad is then planned for the budgets asked for and for
-    what each peer was measured to need (``slimgrad@peer``), in whole MiB; then all are timed in turns.
+    Plain training and the peers come first; slimgrad is then planned for the budgets asked for and for exactly
+    what each peer was measured to need (``slimgrad@peer``); then all are timed in turns.
     """
     stamp: dict[str, Any] = {"machine": measured_on(contest.device), "date": today()}
     for name in contest.models:
@@ -130,8 +127,7 @@ class _Model:
             if peak is not None and row.error is None:
                 name = f"slimgrad@{row.contender}"
                 text, compiles = format_bytes(peak), row.compiled
-                budget = math.ceil(peak / _WHOLE_BYTES) * _WHOLE_BYTES
-                self._prepared(self._slim(name, text, budget, made, profile, compiles=compiles))
+                self._prepared(self._slim(name, text, peak, made, profile, compiles=compiles))
 
     def _compiles_too_long(self) -> bool:
         """Whether compiling was given up for one peer: each of the others would take as long."""

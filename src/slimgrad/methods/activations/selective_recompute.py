@@ -54,7 +54,6 @@ from slimgrad.storage import store_of
 from slimgrad.types import Column, Exactness, format_bytes
 
 _GRADES = (0.0, 0.03, 0.06, 0.12, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
-_CODED_GRADES = (0.0, 0.2, 0.5, 0.8)  # where codes make many ways, a few points of each
 
 
 class Transfers(NamedTuple):
@@ -77,20 +76,16 @@ class Point(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def pareto_front(
-    graph: OperationGraph,
-    transfers: Transfers | None = None,
-    shares: tuple[float, ...] = _GRADES,
-) -> tuple[Point, ...]:
+def pareto_front(graph: OperationGraph, transfers: Transfers | None = None) -> tuple[Point, ...]:
     """What to keep and what to move, each the way with the least seconds for the bytes kept, leanest first.
 
-    ``shares`` are the bounds on the bytes kept, of all. Without ``transfers`` nothing is moved.
+    Without ``transfers`` nothing is moved.
     """
     saved = [s for s, is_saved in enumerate(graph.is_saved) if is_saved]
     total = sum(graph.num_bytes[s] for s in saved)
     movable = _movable(graph, saved, transfers)
     found: dict[Point, tuple[float, float]] = {}
-    for share in shares:
+    for share in _GRADES:
         point = _cheapest(graph, saved, movable, share * total)
         if point is not None:
             again = operations_again(graph, point)
@@ -224,8 +219,7 @@ class SelectiveRecompute:
         if record.graph is None or not any(record.graph.is_saved):
             return [cls()]
         transfers = Transfers(record.write_bytes_s, record.read_bytes_s)
-        shares = _CODED_GRADES if record.coded else _GRADES
-        front = [cls(*point) for point in pareto_front(record.graph, transfers, shares)]
+        front = [cls(*point) for point in pareto_front(record.graph, transfers)]
         if record.coded:  # nothing is run again, and what has codes is kept as those
             front.append(cls(tuple(s for s, saved in enumerate(record.graph.is_saved) if saved)))
         return front
