@@ -24,8 +24,8 @@ NOTE = (
 )
 INTRODUCTION = """\
 One training step of each model, every contender in turns in one run of `slimgrad bench frontier`: plain training, the
-ways to save memory that PyTorch has, slimgrad planned for budgets, and slimgrad planned for exactly the peak that each
-peer was measured to need. A time is the median over rounds, as a ratio to plain training's in the same run; a peak is
+ways to save memory that PyTorch has, slimgrad planned for budgets, and slimgrad planned for the peak that each
+peer was measured to need, to within a thousandth. A time is the median over rounds, as a ratio to plain training's in the same run; a peak is
 the most live bytes at any instant, as a ratio to plain training's. Against peers that compile nothing slimgrad
 compiles nothing. The machine has 2 cores that others use as well: times within some 5 % of each other are the same."""
 
@@ -56,6 +56,17 @@ def _model(model: str, rows: Sequence[Row]) -> list[str]:
         if cells
         else "No budgets were asked for."
     )
+    approximate = [_approximate(r) for r in rows if r.kind == "approximate"]
+    header = (
+        "approximate, budget",
+        "peak",
+        "time",
+        "predicted time",
+        "gradient's error",
+        "planned",
+    )
+    if approximate:
+        parts.append(_table(header, approximate))
     named = {row.contender: row for row in rows}
     fought = duels(rows)
     header = ("peer", "its peak", "its time", "slimgrad's peak", "its time", "of the peer's")
@@ -71,6 +82,14 @@ def _model(model: str, rows: Sequence[Row]) -> list[str]:
             f"{found.median_time:+.1%} in the median, {found.worst_time:+.1%} at worst."
         )
     return parts
+
+
+def _approximate(row: Row) -> tuple[str, ...]:
+    if row.error is not None:
+        return row.budget or "", row.error, "", "", "", ""
+    ratios = (row.peak_ratio, row.time_ratio, row.predicted_time_ratio)
+    errors = (row.gradient_error or 0.0, row.predicted_error or 0.0)
+    return row.budget or "", *map(_of, ratios), *(f"{error:.2%}" for error in errors)
 
 
 def _duel(duel: Duel, named: dict[str, Row]) -> tuple[str, ...]:

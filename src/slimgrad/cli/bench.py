@@ -19,6 +19,12 @@ def command() -> None:
     "--budgets", help="slimgrad's, with commas between; default: seven from 100% of plain to min."
 )
 @click.option("--peers", help="Names of peers, with commas between; default: all. 'none' for none.")
+@click.option(
+    "--error",
+    default=0.0,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Above 0: for each budget a second plan that may change the gradient by this share of its norm.",
+)
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--steps", default=1, show_default=True, type=click.IntRange(min=1), help="Timed steps a turn."

@@ -62,6 +62,7 @@ def _contest(options: dict[str, Any]) -> Contest:
         size=options["size"],
         compile_limit_s=options["compile_limit"],
         allow_compile=options["compiled"],
+        error=options["error"],
         device=_device(options["device"]),
     )
 

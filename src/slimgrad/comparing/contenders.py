@@ -32,6 +32,7 @@ RUN_STEPS = (
     100_000  # of the run that slimgrad plans for: what compiling takes is told apart for all
 )
 _TIGHTENINGS = 3
+_NARROWING = 0.9  # of the error that the last plan's measured one allows
 _WARM_UP = 2  # the optimizer makes its state in the first, and the allocator finds its places in the second
 
 
@@ -157,11 +158,15 @@ def _num_graphs() -> int:
 
 @dataclass
 class SlimContender(Contender):
-    """slimgrad under a budget, planned from a profile, tightened where measuring shows the plan over it."""
+    """slimgrad under a budget, planned from a profile, tightened where measuring shows the plan over it.
+
+    With ``error`` above zero of the rung ``approximate``, that relative L2 error of the whole gradient allowed.
+    """
 
     profile: Profile
     budget: BudgetLike
     allow_compile: bool = False
+    error: float = 0.0
     plan: Plan | None = field(default=None, init=False)
 
     def open(self) -> Runner:
@@ -170,23 +175,29 @@ class SlimContender(Contender):
         return SlimRunner(self.plan, self.subject, self.device)
 
     def prepare(self, plain: Values | None) -> Values:
-        """Plan, apply, measure; plan again with the excess held back where the peak is above the budget."""
-        reserve, over = 0, 0
+        """Plan, apply, measure; plan again for less where peak or gradient error is above what was asked for."""
+        reserve, over, error = 0, 0, self.error
         for _ in range(_TIGHTENINGS):
-            self._plan(reserve)
+            self._plan(reserve, error)
             assert self.plan is not None
             with self._running() as runner:
                 values, memory = self._measure(runner, plain)
-            over = memory.peak_bytes - self.plan.budget_bytes
-            if over <= 0 or self.plan.budget == "min":
+            over = 0 if self.plan.budget == "min" else memory.peak_bytes - self.plan.budget_bytes
+            found = self.row.gradient_error or 0.0
+            if over <= 0 and (not self.error or found <= self.error):
                 return values
-            reserve += max(over, self.plan.budget_bytes // 1000)
+            if over > 0:
+                reserve += max(over, self.plan.budget_bytes // 1000)
+            if self.error and found > self.error:
+                error *= _NARROWING * self.error / found
         raise VerificationError(
-            f"the measured peak stays {format_bytes(over)} above the budget after {_TIGHTENINGS} plans"
+            f"after {_TIGHTENINGS} plans the measured peak stays {format_bytes(max(0, over))} above the budget"
+            + (f", the gradient's error at {found:.2%}" if self.error else "")
         )
 
-    def _plan(self, reserve: int) -> None:
+    def _plan(self, reserve: int, error: float) -> None:
         row, begin = self.row, time.perf_counter()
+        rung = {"exactness": "approximate", "error": error} if error else {}
         try:
             made = plan(
                 self.profile,
@@ -194,6 +205,7 @@ class SlimContender(Contender):
                 reserve_bytes=reserve,
                 allow_compile=self.allow_compile,
                 steps=RUN_STEPS,
+                **rung,
             )
         except BudgetError as error:
             row.smallest_bytes = error.smallest_bytes
@@ -204,6 +216,7 @@ class SlimContender(Contender):
         row.predicted_s = made.seconds
         row.predicted_time_ratio = made.seconds / made.plain_seconds if made.plain_seconds else None
         row.methods = sorted({choice.method for choice in made.choices})
+        row.predicted_error = made.predicted_error if error else None
 
 
 def described(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from slimgrad.planning.profiling import measure
 from slimgrad.types import Budget, format_bytes
 
 BUDGETS = ("100%", "80%", "60%", "50%", "40%", "30%", "min")
+_THOUSANDTH = 1000  # of a peer's peak that a plan for it may need more
 Say = Callable[[str], None]
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ class Contest:
 
     ``compile_limit_s`` bounds what compiling one model may take. Everything runs on ``device``. With
     ``allow_compile`` slimgrad may compile blocks, but not where it is held against a peer that compiles nothing.
+    With ``error`` above zero slimgrad is planned for each budget a second time, of the rung ``approximate`` with
+    that relative L2 error of the whole gradient allowed.
     """
 
     models: Sequence[str] = tuple(ZOO)
@@ -49,6 +52,7 @@ class Contest:
     size: str = SIZES[1]
     compile_limit_s: float | None = 300.0
     allow_compile: bool = True
+    error: float = 0.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
@@ -60,13 +64,15 @@ class Contest:
             raise ValueError(
                 f"expected rounds and steps of at least 1, not {self.rounds}, {self.steps}"
             )
+        if not 0 <= self.error < 1:
+            raise ValueError(f"expected an error of a gradient in [0, 1), not {self.error}")
 
 
 def run(contest: Contest, say: Say = lambda _: None) -> Iterator[list[Row]]:
     """The rows of each model, once that model is done. What fails is a row with its error, never raised.
 
-    Plain training and the peers come first; slimgrad is then planned for the budgets asked for and for exactly
-    what each peer was measured to need (``slimgrad@peer``); then all are timed in turns.
+    Plain training and the peers come first; slimgrad is then planned for the budgets asked for and for what each
+    peer was measured to need, to within a thousandth (``slimgrad@peer``); then all are timed in turns.
     """
     stamp: dict[str, Any] = {"machine": measured_on(contest.device), "date": today()}
     for name in contest.models:
@@ -122,11 +128,16 @@ class _Model:
             return
         for budget in self.contest.budgets:
             self._prepared(self._slim(f"slimgrad {budget}", budget, budget, made, profile))
+            if self.contest.error:
+                name = f"approximate {budget}"
+                error = self.contest.error
+                self._prepared(self._slim(name, budget, budget, made, profile, error=error))
         for row in [contender.row for contender in peers]:
             peak = row.peak_like(self.made[0])
             if peak is not None and row.error is None:
                 name = f"slimgrad@{row.contender}"
                 text, compiles = format_bytes(peak), row.compiled
+                peak += peak // _THOUSANDTH
                 self._prepared(self._slim(name, text, peak, made, profile, compiles=compiles))
 
     def _compiles_too_long(self) -> bool:
@@ -155,10 +166,12 @@ class _Model:
         profile: Profile,
         *,
         compiles: bool = True,
+        error: float = 0.0,
     ) -> SlimContender:
-        row = Row(self.name, name, "slimgrad", budget=text, note=made.note)
+        kind = "approximate" if error else "slimgrad"
+        row = Row(self.name, name, kind, budget=text, note=made.note)
         compiles = compiles and self.contest.allow_compile
-        return SlimContender(row, made, self.contest.device, profile, budget, compiles)
+        return SlimContender(row, made, self.contest.device, profile, budget, compiles, error)
 
     def _profiled(self, made: Subject) -> Profile | None:
         row, begin = self.made[0], time.perf_counter()
@@ -174,6 +187,7 @@ class _Model:
                 allow_compile=allow,
                 steps=RUN_STEPS,
                 compile_limit_s=self.contest.compile_limit_s or math.inf,
+                sensitivity=self.contest.error > 0,
             ),
         )
         copy.close()

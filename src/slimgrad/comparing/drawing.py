@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -12,13 +12,22 @@ from slimgrad.comparing.rows import Row
 from slimgrad.measuring.svg import element, picture
 
 _LEFT, _TOP, _BOTTOM, _LEGEND = 62.0, 34.0, 52.0, 300.0
-_SLIM, _PEER, _COMPILED = "#0072b2", "#d55e00", "#009e73"
+_SLIM, _APPROXIMATE, _PEER, _COMPILED = "#0072b2", "#56b4e9", "#d55e00", "#009e73"
 
 
 def frontier_points(rows: Sequence[Row]) -> list[Row]:
     """slimgrad's measured rows for budgets that were asked for, by peak: the points that a line joins."""
-    asked = [r for r in rows if r.kind == "slimgrad" and "@" not in r.contender and r.is_measured]
-    return sorted(asked, key=lambda r: (r.peak_ratio or 0.0, r.time_ratio or 0.0))
+    return _by_peak(r for r in rows if r.kind == "slimgrad" and "@" not in r.contender)
+
+
+def approximate_points(rows: Sequence[Row]) -> list[Row]:
+    """slimgrad's measured rows of the rung ``approximate``, by peak."""
+    return _by_peak(r for r in rows if r.kind == "approximate")
+
+
+def _by_peak(rows: Iterable[Row]) -> list[Row]:
+    measured = [r for r in rows if r.is_measured]
+    return sorted(measured, key=lambda r: (r.peak_ratio or 0.0, r.time_ratio or 0.0))
 
 
 def planned_for_peers(rows: Sequence[Row]) -> list[Row]:
@@ -28,7 +37,7 @@ def planned_for_peers(rows: Sequence[Row]) -> list[Row]:
 
 def other_points(rows: Sequence[Row]) -> list[Row]:
     """Plain training and the peers that were measured."""
-    return [r for r in rows if r.kind != "slimgrad" and r.is_measured]
+    return [r for r in rows if r.kind in ("plain", "peer") and r.is_measured]
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,8 @@ class _Axes:
 
 def frontier_svg(model: str, rows: Sequence[Row], width: float = 1060, height: float = 420) -> str:
     """Peak ratio to the right, time ratio up; the lower left is better. Empty axes where nothing was measured."""
-    points = [*frontier_points(rows), *planned_for_peers(rows), *other_points(rows)]
+    exact, approximate = frontier_points(rows), approximate_points(rows)
+    points = [*exact, *approximate, *planned_for_peers(rows), *other_points(rows)]
     peaks = [r.peak_ratio or 1.0 for r in points] or [1.0]
     times = [r.time_ratio or 1.0 for r in points] or [1.0]
     axes = _Axes(
@@ -72,11 +82,13 @@ def frontier_svg(model: str, rows: Sequence[Row], width: float = 1060, height: f
         element("rect", width=width, height=height, class_="paper"),
         element("text", model, x=_LEFT, y=20, class_="strong"),
         _grid(axes),
-        _line(axes, frontier_points(rows)),
-        *[_dot(axes, row, 3) for row in planned_for_peers(rows)],
-        *[_dot(axes, row, 5) for row in frontier_points(rows)],
+        _line(axes, approximate, _APPROXIMATE),
+        _line(axes, exact, _SLIM),
+        *[_dot(axes, row, 3, _SLIM) for row in planned_for_peers(rows)],
+        *[_dot(axes, row, 4, _APPROXIMATE) for row in approximate],
+        *[_dot(axes, row, 5, _SLIM) for row in exact],
         *[_mark(axes, i, row) for i, row in enumerate(other_points(rows))],
-        _legend(other_points(rows), width - _LEGEND + 24),
+        _legend(other_points(rows), width - _LEGEND + 24, bool(approximate)),
         prefix=f"frontier-{model}",
         label=f"{model}: time of a step against its peak, both as ratios to plain training",
     )
@@ -123,9 +135,9 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * i for i in range(first, math.floor(high / step) + 1)]
 
 
-def _line(axes: _Axes, rows: Sequence[Row]) -> Markup:
+def _line(axes: _Axes, rows: Sequence[Row], colour: str) -> Markup:
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(axes.at, rows))
-    return element("polyline", points=points, fill="none", stroke=_SLIM, stroke_width=2)
+    return element("polyline", points=points, fill="none", stroke=colour, stroke_width=2)
 
 
 def _told(row: Row) -> Markup:
@@ -133,9 +145,9 @@ def _told(row: Row) -> Markup:
     return element("title", text)
 
 
-def _dot(axes: _Axes, row: Row, radius: float) -> Markup:
+def _dot(axes: _Axes, row: Row, radius: float, colour: str) -> Markup:
     x, y = axes.at(row)
-    return element("circle", _told(row), cx=x, cy=y, r=radius, fill=_SLIM, class_="slim")
+    return element("circle", _told(row), cx=x, cy=y, r=radius, fill=colour, class_="slim")
 
 
 def _mark(axes: _Axes, number: int, row: Row) -> Markup:
@@ -155,13 +167,17 @@ def _numbered(x: float, y: float, number: int, row: Row) -> list[Markup]:
     return [shape, text]
 
 
-def _legend(rows: Sequence[Row], x: float) -> Markup:
-    lines = [
-        element("circle", cx=x, cy=_TOP + 6, r=5, fill=_SLIM),
-        element("text", "slimgrad (small: at a peer's peak)", x=x + 16, y=_TOP + 10),
-    ]
+def _legend(rows: Sequence[Row], x: float, has_approximate: bool) -> Markup:
+    names = {"slimgrad (small: at a peer's peak)": _SLIM}
+    if has_approximate:
+        names["slimgrad, approximate"] = _APPROXIMATE
+    lines: list[Markup] = []
+    for i, (name, colour) in enumerate(names.items()):
+        y = _TOP + 6 + 22 * i
+        lines.append(element("circle", cx=x, cy=y, r=5, fill=colour))
+        lines.append(element("text", name, x=x + 16, y=y + 4))
     for i, row in enumerate(rows):
-        y = _TOP + 32 + 22 * i
+        y = _TOP + 10 + 22 * (len(names) + i)
         lines += _numbered(x, y, i, row)
         lines.append(element("text", row.contender, x=x + 16, y=y + 4))
     return element("g", *lines, class_="legend")

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slimgrad.comparing.drawing import frontier_points, other_points, planned_for_peers
+from slimgrad.comparing.drawing import (
+    approximate_points,
+    frontier_points,
+    other_points,
+    planned_for_peers,
+)
 from slimgrad.comparing.rows import Row, by_model
 from slimgrad.errors import UnsupportedError
 
@@ -37,22 +42,22 @@ def save_png(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _panel(axes: Any, model: str, rows: Sequence[Row]) -> None:
-    line = frontier_points(rows)
-    axes.plot(
-        [r.peak_ratio for r in line], [r.time_ratio for r in line], "o-", label="slimgrad", zorder=3
-    )
-    dots = planned_for_peers(rows)
-    if dots:
-        axes.plot(
-            [r.peak_ratio for r in dots], [r.time_ratio for r in dots], ".", color="C0", zorder=3
-        )
+    series = [
+        (frontier_points(rows), "o-", {"color": "C0", "label": "slimgrad"}),
+        (planned_for_peers(rows), ".", {"color": "C0"}),
+        (approximate_points(rows), "o--", {"color": "C9", "label": "slimgrad, approximate"}),
+    ]
+    for points, shape, style in series:
+        if points:
+            ratios = [r.peak_ratio for r in points], [r.time_ratio for r in points]
+            axes.plot(*ratios, shape, zorder=3, **style)
     shapes = "sDv^<>pPX*hd"
     for i, row in enumerate(other_points(rows)):
         axes.plot(
             [row.peak_ratio],
             [row.time_ratio],
             shapes[i % len(shapes)],
-            color=f"C{1 + i % 9}",
+            color=f"C{1 + i % 8}",
             markersize=8,
             label=row.contender,
         )

@@ -31,7 +31,7 @@ class Row:
 
     model: str
     contender: str
-    kind: str  # plain, peer or slimgrad
+    kind: str  # plain, peer, slimgrad or approximate (slimgrad of that rung)
     compiled: bool = False
     budget: str | None = None
     peak_from: str = ""
@@ -47,6 +47,7 @@ class Row:
     times_s: list[float] = field(default_factory=list)
     time_ratio: float | None = None
     gradient_error: float | None = None
+    predicted_error: float | None = None
     buffers_equal: bool | None = None
     compile_s: float | None = None
     measuring_s: float | None = None

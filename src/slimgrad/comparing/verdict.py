@@ -11,7 +11,7 @@ from slimgrad.comparing.rows import Row
 
 @dataclass(frozen=True)
 class Duel:
-    """One peer and slimgrad planned for exactly the peer's measured peak; nothing is interpolated.
+    """One peer and slimgrad planned for the peer's measured peak, to within a thousandth; nothing is interpolated.
 
     ``peer_bytes`` is that peak as ``Row.peak_like`` gives it.
 
@@ -58,7 +58,7 @@ def duels(rows: Sequence[Row]) -> list[Duel]:
 
 def prediction(rows: Sequence[Row]) -> Prediction | None:
     """The errors of prediction on one model; None where no plan was measured."""
-    plans = [r for r in rows if r.kind == "slimgrad" and r.error is None]
+    plans = [r for r in rows if r.kind in ("slimgrad", "approximate") and r.error is None]
     peaks = [
         r.peak_bytes / r.predicted_peak_bytes - 1
         for r in plans
