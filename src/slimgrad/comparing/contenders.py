@@ -13,6 +13,7 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,7 +198,7 @@ class SlimContender(Contender):
 
     def _plan(self, reserve: int, error: float) -> None:
         row, begin = self.row, time.perf_counter()
-        rung = {"exactness": "approximate", "error": error} if error else {}
+        rung: dict[str, Any] = {"exactness": "approximate", "error": error} if error else {}
         try:
             made = plan(
                 self.profile,
