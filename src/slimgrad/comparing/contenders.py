@@ -196,9 +196,9 @@ class SlimContender(Contender):
             + (f", the gradient's error at {found:.2%}" if self.error else "")
         )
 
-    def _plan(self, reserve: int, error: float) -> None:
+    def _plan(self, reserve: int, allowed: float) -> None:
         row, begin = self.row, time.perf_counter()
-        rung: dict[str, Any] = {"exactness": "approximate", "error": error} if error else {}
+        rung: dict[str, Any] = {"exactness": "approximate", "error": allowed} if allowed else {}
         try:
             made = plan(
                 self.profile,
@@ -217,7 +217,7 @@ class SlimContender(Contender):
         row.predicted_s = made.seconds
         row.predicted_time_ratio = made.seconds / made.plain_seconds if made.plain_seconds else None
         row.methods = sorted({choice.method for choice in made.choices})
-        row.predicted_error = made.predicted_error if error else None
+        row.predicted_error = made.predicted_error if allowed else None
 
 
 def described(error: BaseException) -> str:
