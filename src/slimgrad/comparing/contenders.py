@@ -177,7 +177,7 @@ class SlimContender(Contender):
 
     def prepare(self, plain: Values | None) -> Values:
         """Plan, apply, measure; plan again for less where peak or gradient error is above what was asked for."""
-        reserve, over, error = 0, 0, self.error
+        reserve, over, error, found = 0, 0, self.error, 0.0
         for _ in range(_TIGHTENINGS):
             self._plan(reserve, error)
             assert self.plan is not None
