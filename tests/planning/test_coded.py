@@ -90,6 +90,30 @@ def error_of(options: Any) -> float:
     return sum(o.record.squared_error for o in options) ** 0.5
 
 
+SECONDS = st.lists(st.sampled_from([0.0, 0.01, 0.02, 0.05]), min_size=1, max_size=8)
+
+
+@DRAWN
+@given(blocks=BLOCKS.map(lambda blocks: blocks[:3]), spent=SECONDS, share=st.floats(0.0, 1.0))
+def test_codes_take_no_more_seconds_than_they_may(
+    blocks: Any, spent: list[float], share: float
+) -> None:
+    made = programme_of(blocks, half=True, stretches=3)
+    options = [replace(o, coding_s=spent[i % len(spent)]) for i, o in enumerate(made.menu.options)]
+    programme = Programme(made.scheme, Menu(made.layout, options), coding_s=0.03)
+    free = Programme(made.scheme, Menu(made.layout, options))
+    leanest, leanest_of_all = programme.least_peak(), free.least_peak()
+    assert sum(o.coding_s for o in leanest.options) <= 0.03 + 1e-9
+    assert leanest.peak_bytes >= leanest_of_all.peak_bytes
+    plain = int(programme.fixed.max())
+    budget = int(leanest.peak_bytes + share * (plain - leanest.peak_bytes))
+    solution = programme.least_seconds(budget)
+    assert solution is not None or share < 1
+    if solution is not None:
+        assert sum(o.coding_s for o in solution.options) <= 0.03 + 1e-9
+        assert solution.peak_bytes <= budget
+
+
 ERRORS = st.lists(st.sampled_from([0.0, 0.004, 0.01, 0.02, 0.04]), min_size=1, max_size=8)
 
 

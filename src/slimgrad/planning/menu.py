@@ -51,6 +51,7 @@ class Menu:
         self.squared_errors = np.array(
             [sum(o.record.squared_error for o in bundle) for bundle in self.bundles]
         )
+        self.coding_s = np.array([sum(o.coding_s for o in bundle) for bundle in self.bundles])
         self.added_s = np.array([sum(o.added_s for o in bundle) for bundle in self.bundles])
         self.covers = [frozenset(p for o in bundle for p in o.covers) for bundle in self.bundles]
         self.one_of, self.num_rows = self._covered()

@@ -32,6 +32,7 @@ from slimgrad.planning.settings import block_record, model_record
 from slimgrad.planning.simulate import Layout
 from slimgrad.types import Exactness
 
+CODING_SHARE = 0.15  # of a plain step's seconds that codes may take
 _NOISE = 0.02  # of the plain passes' seconds
 
 
@@ -66,6 +67,7 @@ class Option:
     added_s: float
     paths: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # on the methods before the last
+    coding_s: float = 0.0  # of a step, spent on codes
 
     @property
     def where(self) -> str | tuple[str, ...]:
@@ -183,7 +185,8 @@ def options(profile: Profile, scheme: Scheme, layout: Layout, allowed: Allowed) 
         record = recorded(layout.block(path))
         found += _offered(scheme, layout, record, path, single)
         if record.coding and stores:
-            found += _coded(scheme, layout, record, path, stores)
+            coded = _coded(scheme, layout, record, path, stores)
+            found += [o for o in coded if _is_within(o, profile, allowed)]
     if several and layout.trace.reads:
         for chain in chains(layout):
             for segment in segments(chain):
@@ -219,9 +222,17 @@ def _coded(
     for way in coded_ways(path, record, stores):
         changed = _replayed(layout, block, way.record)
         added = (changed.seconds - record.seconds) * scheme.repeats
-        found.append(Option(path, way.methods, changed, way.notes[-1], added, notes=way.notes[:-1]))
-
+        spent = sum(c.encode_s + c.decode_s for c in way.record.coded) * len(block.groups)
+        notes, coding_s = way.notes, spent * scheme.repeats
+        found.append(Option(path, way.methods, changed, notes[-1], added, (), notes[:-1], coding_s))
     return undominated(found, lambda o: (o.record.held_bytes, o.added_s, o.record.squared_error))
+
+
+def _is_within(option: Option, profile: Profile, allowed: Allowed) -> bool:
+    """Whether the option alone keeps to what all of them together may bring of error, and take for codes."""
+    error = allowed.error or 0.0
+    is_accurate = option.record.squared_error <= error**2
+    return is_accurate and option.coding_s <= CODING_SHARE * profile.seconds
 
 
 def _replayed(layout: Layout, block: BlockLayout, record: Record) -> Record:

@@ -50,14 +50,17 @@ class Solution:
 class Programme:
     """One scheme with its menu of options, ready to be solved for any budget.
 
-    The unknowns are the menu's bundles.
+    The unknowns are the menu's bundles. Codes may bring ``error`` to the gradient (relative L2) and take ``coding_s``.
     """
 
-    def __init__(self, scheme: Scheme, menu: Menu, error: float = 0.0) -> None:
+    def __init__(
+        self, scheme: Scheme, menu: Menu, error: float = 0.0, coding_s: float = np.inf
+    ) -> None:
         self.scheme, self.menu, self.layout = scheme, menu, menu.layout
-        self.squared_error = (
-            error**2
-        )  # those of single blocks add up: their codes err independently
+        # the squared errors of single blocks add up: their codes err independently
+        self._spent = [(menu.squared_errors, error**2)]
+        if coding_s < np.inf:
+            self._spent.append((menu.coding_s, coding_s))
         self.bundles, self.added_s = menu.bundles, menu.added_s
         self.fixed_changes = self.layout.model_changes(scheme.record)
         self.fixed = self.layout.base_live + self.layout.live(self.fixed_changes)
@@ -185,7 +188,7 @@ class Programme:
                 trial[index] = 0
                 if other is not None:
                     trial[other] = 1
-                if not self._is_accurate(trial):
+                if not self._is_within(trial):
                     continue
                 live, changes = self.replay(trial)
                 if live.max() <= budget_bytes:
@@ -214,7 +217,7 @@ class Programme:
                         if covers[other] & covers[index]:
                             trial[other] = 0
                 trial[index] = 1 - trial[index]
-                if not self._is_accurate(trial):
+                if not self._is_within(trial):
                     continue
                 trials += 1
                 changed, changes = self.replay(trial)
@@ -239,7 +242,7 @@ class Programme:
         room = (budget_bytes - self.fixed[slots]) / scale
         answer = solve(
             self.added_s + 1e-9,
-            [at_most(self.menu.at(slots).T / scale, room), self._one_each(), *self._accurate()],
+            [at_most(self.menu.at(slots).T / scale, room), self._one_each(), *self._limits()],
             is_integer=np.full(num, whole),
             upper=np.ones(num),
             gap=GAP,
@@ -257,7 +260,7 @@ class Programme:
             [
                 at_most(below, -self.fixed[slots] / scale),
                 self._one_each(1),
-                *self._accurate(1),
+                *self._limits(1),
             ],
             is_integer=np.append(np.full(num, whole), 0),
             upper=np.append(np.ones(num), np.inf),
@@ -266,17 +269,18 @@ class Programme:
         )
         return None if answer is None else np.round(answer[:num]) if whole else answer[:num]
 
-    def _accurate(self, num_more: int = 0) -> list[LinearConstraint]:
-        """The error of the gradient within what is allowed, where any choice brings one."""
-        errors = self.menu.squared_errors
-        if not errors.any():
-            return []
-        scale = max(self.squared_error, 1e-300)
-        row = np.concatenate((errors / scale, np.zeros(num_more)))
-        return [at_most(row[None, :], np.array([self.squared_error / scale]))]
+    def _limits(self, num_more: int = 0) -> list[LinearConstraint]:
+        """What codes bring of error and take of seconds within what is allowed, where any choice has some."""
+        found: list[LinearConstraint] = []
+        for spent, allowed in self._spent:
+            if spent.any():
+                scale = max(allowed, 1e-300)
+                row = np.concatenate((spent / scale, np.zeros(num_more)))
+                found.append(at_most(row[None, :], np.array([allowed / scale])))
+        return found
 
-    def _is_accurate(self, chosen: np.ndarray) -> bool:
-        return float(chosen @ self.menu.squared_errors) <= self.squared_error * (1 + 1e-9)
+    def _is_within(self, chosen: np.ndarray) -> bool:
+        return all(float(chosen @ s) <= allowed * (1 + 1e-9) for s, allowed in self._spent)
 
     def _one_each(self, num_more: int = 0) -> LinearConstraint:
         """At most one bundle decides about each block; ``num_more`` unknowns follow."""

@@ -14,7 +14,7 @@ from slimgrad.applying.step import Step, apply
 from slimgrad.errors import CheckpointError
 from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.profile import Profile, fingerprint
-from slimgrad.planning.plan import Plan, plan
+from slimgrad.planning.plan import Plan, needs_sensitivity, plan
 from slimgrad.planning.profiling import measure
 from slimgrad.training.checkpoint import latest, load_checkpoint, save_checkpoint
 from slimgrad.training.job import Job, JobSpec, loss_fn, open_job
@@ -174,6 +174,7 @@ def _planned(request: TrainRequest, job: Job, listener: Listener) -> tuple[Plan,
         limit_bytes=max(limit - weights, 1 << 26) if limit else None,
         allow_compile=compiles,
         steps=request.num_steps,
+        sensitivity=needs_sensitivity(request.exactness, request.error),
     )
     listener.measured(profile)
     made = plan(
