@@ -23,6 +23,10 @@ from slimgrad.measuring.tracker import Tracker, current_task, plain_tensors
 from slimgrad.measuring.workspaces import fill_workspaces
 from slimgrad.types import Column
 
+_FAMILIES = frozenset(
+    ["elu_backward", "softplus_backward"]
+)  # of functions, one for each set of numbers
+
 
 @dataclass
 class Call:
@@ -183,7 +187,7 @@ class _Recorder:
         self.writes.append((*made, *self._storages(written_arguments(func, args, kwargs))))
         if made:
             self._show(out)
-        self.name.append(self.names.setdefault(_name(func), len(self.names)))
+        self.name.append(self.names.setdefault(_name(func, args), len(self.names)))
         backward = current_task() != -1
         casts = func is torch.ops.aten._to_copy.default and not backward and any(self._caching)
         if casts and args[0].is_leaf and args[0].requires_grad:
@@ -246,8 +250,12 @@ def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
     ]
 
 
-def _name(func: Any) -> str:
-    return "" if func.is_view else func._schema.name.rpartition("::")[2]
+def _name(func: Any, args: tuple[Any, ...]) -> str:
+    """An operation's name, with its numbers where it is another function with others; ``""`` of a view."""
+    name = "" if func.is_view else func._schema.name.rpartition("::")[2]
+    if name not in _FAMILIES:
+        return name
+    return f"{name}({', '.join(f'{a:g}' for a in args if isinstance(a, int | float))})"
 
 
 def _row(tensor: Tensor) -> int:

@@ -253,7 +253,8 @@ def _does_not_fit(
     known, lowest = _permitted(allowed), leanest.peak_bytes
     for rung in Exactness:
         if rung.rung > allowed.exactness.rung and rung is not Exactness.DIFFERENT:
-            looser = replace(allowed, exactness=rung)
+            error = (allowed.error or DEFAULT_ERROR) if rung.allows(Exactness.UNBIASED) else None
+            looser = replace(allowed, exactness=rung, error=error)
             if _permitted(looser) != known:
                 known = _permitted(looser)
                 lowest = Workbench(profile, looser).leanest(schemes(profile, looser)).peak_bytes

@@ -40,7 +40,8 @@ def verify(
 
     Loss, every gradient, the whole update, every buffer and the end of every random generator are compared.
     A plan of rung ``bitwise`` must give the same bits; one of rung ``exact`` gradients whose distance to
-    float64 is at most twice plain's own; one of a looser rung gradients within the plan's ``error`` of plain's. A control, the same gradients with one of them zeroed, must fail.
+    float64 is at most twice plain's own, one of a looser rung that and the plan's ``error`` at most. A control, the
+    same gradients with one of them zeroed, must fail.
     Where a plain step does not fit into ``available_bytes`` (default: what the machine has free), blocks are
     compared one at a time. ``time_pairs`` alternated pairs of steps are timed.
     """
@@ -164,12 +165,14 @@ def _judge_bits(report: Report, plain: Outcome, slim: Outcome) -> None:
 
 def _judge_rounding(report: Report, plain: Outcome, slim: Outcome, wide: Outcome | None) -> None:
     _figures(report, plain, slim)
-    if report.rung.rung > Exactness.EXACT.rung:
-        bound, reference = report.error or 0.0, plain.gradients
-    elif wide is not None:
+    is_looser = report.rung.rung > Exactness.EXACT.rung
+    allowed = (report.error or 0.0) if is_looser else 0.0
+    if wide is not None:
         report.plain_gradient_error = relative_error(plain.gradients, wide.gradients)
         report.float64_gradient_error = relative_error(slim.gradients, wide.gradients)
-        bound, reference = 2 * report.plain_gradient_error + 1e-12, wide.gradients
+        bound, reference = allowed + 2 * report.plain_gradient_error + 1e-12, wide.gradients
+    elif is_looser:
+        bound, reference = allowed, plain.gradients
     else:
         precision = max((torch.finfo(g.dtype).eps for g in plain.gradients.values()), default=1e-7)
         bound, reference = 1e4 * precision, plain.gradients

@@ -16,11 +16,13 @@ from tests.methods.activations.coded_mlp import (
     offered,
     records,
 )
+from torch import nn
 
+import slimgrad
 from slimgrad.code import Use
 from slimgrad.errors import MethodError
 from slimgrad.method import Record
-from slimgrad.methods.activations.few_bit import FUNCTIONS, FewBit
+from slimgrad.methods.activations.few_bit import FUNCTIONS, READERS, FewBit
 
 
 @functools.cache
@@ -56,7 +58,7 @@ def test_more_bits_are_nearer_and_the_last_layer_is_exact() -> None:
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_only_the_functions_own_backward_may_read(function: str) -> None:
-    own = f"{function}_backward"
+    own = READERS[function]
     assert FewBit(function=function).suits(Use(8192, "float32", 64, frozenset([own])))
     for readers in ([], ["mm"], [own, "mm"]):
         assert not FewBit(function=function).suits(Use(8192, "float32", 64, frozenset(readers)))
@@ -67,3 +69,46 @@ def test_other_functions_and_bits_are_refused() -> None:
         FewBit(function="relu")
     with pytest.raises(MethodError, match="bits must be 1 to 4, found 5"):
         FewBit(bits=5)
+
+
+MODULES = {
+    "gelu": nn.GELU(),
+    "silu": nn.SiLU(),
+    "selu": nn.SELU(),
+    "elu": nn.ELU(),
+    "softplus": nn.Softplus(),
+    "tanh": nn.Tanh(),
+    "sigmoid": nn.Sigmoid(),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_each_function_is_known_by_its_backward_and_its_error_falls_with_bits(
+    function: str,
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64), MODULES[function], nn.Dropout(0.1)]  # tanh's output stays inside
+    blocks = [nn.Sequential(*layers) for _ in range(2)]
+    model, batch = nn.Sequential(*blocks, nn.Linear(64, 8)), torch.randn(128, 64)
+    profile = slimgrad.measure(
+        model, None, mean_square, batch, allow_compile=False, sensitivity=True
+    )
+    errors = {
+        dict(fields)["bits"]: cost.squared_error**0.5
+        for (name, fields), cost in next(iter(profile.coding.values())).items()
+        if name == "few_bit" and dict(fields)["function"] == function
+    }
+    assert 0 < errors[4] < errors[3] < errors[2] < 0.5
+
+
+@pytest.mark.parametrize(
+    "module", [nn.ELU(alpha=0.5), nn.Softplus(beta=2), nn.ELU(inplace=True)], ids=repr
+)
+def test_functions_of_other_numbers_are_left_alone(module: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64), module), nn.Linear(64, 8))
+    batch = torch.randn(128, 64)
+    profile = slimgrad.measure(
+        model, None, mean_square, batch, allow_compile=False, sensitivity=True
+    )
+    assert not any(name == "few_bit" for costs in profile.coding.values() for name, _ in costs)

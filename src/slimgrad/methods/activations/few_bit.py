@@ -6,8 +6,9 @@ Memory: activations: bits / 32 of what the activation function saves in float32.
     forward, a table look-up backward; nothing is run again.
 Exactness: approximate: the forward pass is bit-equal; the gradient of each element is off by the distance of f' to its
     level, and the whole gradient as far as ``measure(sensitivity=True)`` found it to be.
-Limits: GELU, SiLU, tanh and sigmoid that PyTorch's own operations compute, whose saved tensor no other operation of
-    backward reads (a function spelled out in products and powers is not one); made inside the block, 16 KiB and more.
+Limits: GELU, SiLU, SELU, tanh, sigmoid, ELU of alpha 1 and softplus of beta 1 (not in place) that PyTorch's own
+    operations compute, whose saved tensor no other operation of backward reads (a function spelled out in products and
+    powers is not one); made inside the block, 16 KiB and more.
 References: Novikov et al. (2022), section 3 (the minimisation and its dynamic programme). *departs:* attached to saved tensors:
     backward's own operation is given a number at which the derivative is the level, so no layer is replaced; GELU's
     levels serve both of its formulas, which differ by less than 0.001.
@@ -26,12 +27,21 @@ from slimgrad.method import Paper
 from slimgrad.methods.activations.coded_store import CodedStore
 from slimgrad.types import Exactness
 
-FUNCTIONS = ("gelu", "silu", "tanh", "sigmoid")
+READERS = {
+    "gelu": "gelu_backward",
+    "silu": "silu_backward",
+    "selu": "elu_backward(1.67326, 1.0507, 1, 0)",
+    "elu": "elu_backward(1, 1, 1, 0)",
+    "softplus": "softplus_backward(1, 20)",
+    "tanh": "tanh_backward",
+    "sigmoid": "sigmoid_backward",
+}
+FUNCTIONS = tuple(READERS)
 
 
 @dataclass(frozen=True)
 class FewBit(CodedStore):
-    """``bits`` (1 to 4) an element of what ``function`` saves: gelu, silu, tanh or sigmoid."""
+    """``bits`` (1 to 4) an element of what ``function`` saves: gelu, silu, selu, elu, softplus, tanh or sigmoid."""
 
     function: str = "gelu"
     bits: int = 3
@@ -57,7 +67,7 @@ class FewBit(CodedStore):
 
     def suits(self, use: Use) -> bool:
         """What the function's own backward alone reads."""
-        return use.readers == frozenset([f"{self.function}_backward"])
+        return use.readers == frozenset([READERS[self.function]])
 
     def code(self) -> Code:
         """The intervals' numbers, packed."""
