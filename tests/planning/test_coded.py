@@ -242,3 +242,8 @@ def test_a_budget_that_exact_rungs_miss_is_told_with_what_codes_reach() -> None:
     with pytest.raises(BudgetError) as told:
         plan(profile, coded - 1, exactness="approximate")
     assert told.value.smallest_bytes == coded
+    with pytest.raises(BudgetError) as told:
+        plan(profile, coded - 1, exactness="exact")
+    if coded < lowest:
+        assert told.value.by_rung["approximate"] == coded
+    assert told.value.smallest_bytes == lowest
