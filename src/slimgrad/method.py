@@ -98,7 +98,8 @@ class CompiledCost:
 class CodedStorage:
     """A saved storage, by its number, that is kept as a code of ``num_bytes``, and what that costs.
 
-    ``squared_error`` is what the code does to the whole step's gradient: the square of the relative L2 error.
+    ``squared_error`` is what the code does to the whole step's gradient: the square of the relative L2 error. Where it
+    ``is_near``, what is decoded is near to the tensor, and operations may be run again on it.
     """
 
     number: int
@@ -106,6 +107,7 @@ class CodedStorage:
     encode_s: float
     decode_s: float
     squared_error: float
+    is_near: bool = True
 
 
 @dataclass(frozen=True)

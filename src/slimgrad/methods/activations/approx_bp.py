@@ -35,6 +35,7 @@ class ApproxBp(CodedStore):
     function: str = "gelu"
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    is_near: ClassVar[bool] = False
     paper: ClassVar[Paper] = Paper(
         "Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing Backpropagation",
         "Yuchen Yang, Yingdong Shi, Cheems Wang, Xiantong Zhen, Yuxuan Shi, Jun Xu",

@@ -40,6 +40,9 @@ class CodedStore(ABC):
     exactness: ClassVar[Exactness]
     paper: ClassVar[Paper]
     scope: ClassVar[Scope] = Scope.BLOCK
+    is_near: ClassVar[bool] = (
+        True  # what is decoded is near to the tensor, not only good for its backward
+    )
 
     @abstractmethod
     def suits(self, use: Use) -> bool:
@@ -105,7 +108,7 @@ class CodedStore(ABC):
             elements = use.num_elements
             spent = cost.encode_s * elements, cost.decode_s * elements
             error = cost.squared_error * shares.get(number, 1.0)
-            coded.append(CodedStorage(number, sizes[number], *spent, error))
+            coded.append(CodedStorage(number, sizes[number], *spent, error, self.is_near))
         freed = sum(graph.num_bytes) - sum(sizes)
         changed = replace(
             record,

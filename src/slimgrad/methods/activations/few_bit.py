@@ -47,6 +47,7 @@ class FewBit(CodedStore):
     bits: int = 3
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    is_near: ClassVar[bool] = False
     paper: ClassVar[Paper] = Paper(
         "Few-Bit Backward: Quantized Gradients of Activation Functions for Memory Footprint Reduction",
         "Georgii Novikov, Daniel Bershatsky, Julia Gusak, Alex Shonenkov, Denis Dimitrov, Ivan Oseledets",

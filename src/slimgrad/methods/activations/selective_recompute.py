@@ -35,6 +35,7 @@ from scipy.sparse import csr_array
 from slimgrad.integer_programs import at_least, at_most, solve
 from slimgrad.method import (
     Block,
+    CodedStorage,
     Offer,
     OperationGraph,
     Paper,
@@ -53,6 +54,7 @@ from slimgrad.methods.activations.wrapping import wrap_forward
 from slimgrad.storage import store_of
 from slimgrad.types import Column, Exactness, format_bytes
 
+_NEVER_S = 1e3  # of an operation that reads what only backward may read
 _GRADES = (0.0, 0.03, 0.06, 0.12, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
 
 
@@ -177,18 +179,46 @@ def _rows(
                     yield {num + writer: 1.0, num + op: -1.0} | there(storage), 0.0
 
 
-def _squared_error(record: Record, keep: tuple[int, ...], move: tuple[int, ...]) -> float:
+def _readable(graph: OperationGraph, record: Record) -> OperationGraph:
+    """The graph in which operations that read codes which are near to nothing are too dear to be run again."""
+    codes = {c.number for c in record.coded if not c.is_near}
+    if not codes:
+        return graph
+    operations = [
+        (seconds + _NEVER_S if codes.intersection(reads) else seconds, reads, writes)
+        for seconds, reads, writes in graph.operations
+    ]
+    return replace(graph, operations=tuple(operations))
+
+
+def _again_from_codes(
+    record: Record, keep: tuple[int, ...], there: frozenset[int]
+) -> dict[int, list[CodedStorage]]:
+    """Of what backward needs and is made again: the codes that the operations read which make it."""
+    graph, codes = record.graph, {c.number: c for c in record.coded if c.number in keep}
+    found: dict[int, list[CodedStorage]] = {}
+    if graph is None or not codes:
+        return found
+    for storage, is_saved in enumerate(graph.is_saved):
+        if is_saved and storage not in there:
+            again = graph.recipe([storage], there)
+            read = {s for o in again for s in graph.operations[o][1] if s in codes}
+            if read:
+                found[storage] = [codes[s] for s in read]
+    return found
+
+
+def _squared_error(record: Record, keep: tuple[int, ...], move: tuple[int, ...]) -> float | Refusal:
     """Of what is kept as a code, and of what is made again from that: as far off as its own code would be."""
-    graph, there = record.graph, frozenset((*keep, *move))
-    coded = {c.number for c in record.coded if c.number in keep}
-    total = 0.0
-    for one in record.coded:
-        if one.number not in there and graph is not None:
-            again = graph.recipe([one.number], there)
-            if not any(coded.intersection(graph.operations[o][1]) for o in again):
-                continue
-        total += one.squared_error if one.number not in move else 0.0
-    return total
+    again = _again_from_codes(record, keep, frozenset((*keep, *move)))
+    if any(not code.is_near for codes in again.values() for code in codes):
+        return Refusal(
+            "operations would be run again on codes that are no values near to the tensor's"
+        )
+    if not again.keys() <= {c.number for c in record.coded}:
+        return Refusal("what would be made again from codes was not measured as a code")
+    counted = {c.number for c in record.coded if c.number in keep} | again.keys()
+    return sum(c.squared_error for c in record.coded if c.number in counted)
 
 
 @dataclass(frozen=True)
@@ -219,7 +249,7 @@ class SelectiveRecompute:
         if record.graph is None or not any(record.graph.is_saved):
             return [cls()]
         transfers = Transfers(record.write_bytes_s, record.read_bytes_s)
-        front = [cls(*point) for point in pareto_front(record.graph, transfers)]
+        front = [cls(*point) for point in pareto_front(_readable(record.graph, record), transfers)]
         if record.coded:  # nothing is run again, and what has codes is kept as those
             front.append(cls(tuple(s for s, saved in enumerate(record.graph.is_saved) if saved)))
         return front
@@ -240,6 +270,9 @@ class SelectiveRecompute:
         kept_bytes = sum(graph.num_bytes[s] for s in self.keep if s < len(graph.num_bytes))
         moved_bytes, handing_s = sum(graph.num_bytes[s] for s in move), HAND_OVER_S * len(move)
         coded = tuple(c for c in record.coded if c.number in self.keep)
+        error = _squared_error(record, self.keep, move)
+        if isinstance(error, Refusal):
+            return error
         changed = replace(
             record,
             held_bytes=kept_bytes,
@@ -256,7 +289,7 @@ class SelectiveRecompute:
             kept=tuple(s for s in self.keep if s not in {c.number for c in coded}),
             moved=move,
             coded=coded,
-            squared_error=_squared_error(record, self.keep, move),
+            squared_error=error,
         )
         freed = format_bytes(record.saved_bytes - kept_bytes - moved_bytes)
         note = f"{freed} made again by {len(again)} of {len(graph.operations)} operations"

@@ -33,6 +33,7 @@ class Velora(CodedStore):
     sub_token: int = 32
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    is_near: ClassVar[bool] = False
     paper: ClassVar[Paper] = Paper(
         "VeLoRA: Memory Efficient Training using Rank-1 Sub-Token Projections",
         "Roy Miles, Pradyumna Reddy, Ismail Elezi, Jiankang Deng",

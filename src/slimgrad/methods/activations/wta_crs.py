@@ -37,6 +37,7 @@ class WtaCrs(CodedStore):
     seed: int = 0
 
     exactness: ClassVar[Exactness] = Exactness.UNBIASED
+    is_near: ClassVar[bool] = False
     paper: ClassVar[Paper] = Paper(
         "Winner-Take-All Column Row Sampling for Memory Efficient Adaptation of Language Model",
         "Zirui Liu, Guanchu Wang, Shaochen Zhong, Zhaozhuo Xu, Daochen Zha, Ruixiang Tang, Zhimeng Jiang, "
