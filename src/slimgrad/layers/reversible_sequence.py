@@ -16,8 +16,8 @@ Limits: double backward, functions that change their input in place or use param
     parameters changed between forward and backward raise errors. Streams are of one shape. Python's and NumPy's random
     numbers are not replayed.
 References: Gomez et al., The Reversible Residual Network, section 3.1 and algorithm 1 (two streams); Zhao et al.,
-    Memory-Efficient Differentiable Transformer Architecture Search, abstract (n streams, reconstructed from the last
-    outputs). *departs:* how several streams come into a function the abstract leaves open: here it is given their
+    Memory-Efficient Differentiable Transformer Architecture Search, equations 3 and 4 (n streams, reconstructed from
+    the last outputs). *departs:* of the paper's two poolings of the other streams, maximum and mean, here is the
     mean; one autograd node a block, so that gradients of a block's parameters are complete, and may be used up,
     before the next block is reconstructed.
 """
