@@ -54,21 +54,22 @@ def test_gradients_of_weights_and_architecture_are_autograds(num_streams, dtype,
     assert max(relative_errors(gradients(model, batch, True)[1], expected[1])) > 1e-3
 
 
-def bytes_of(num_cells, is_reversible=True):
-    body = supernet(3, 1, num_cells)
+def bytes_of(num_streams, num_cells, is_reversible=True):
+    body = supernet(num_streams, 1, num_cells)
     body.is_reversible = is_reversible
-    streams = [torch.randn(8, LENGTH, WIDTH) for _ in range(3)]
+    streams = [torch.randn(8, LENGTH, WIDTH) for _ in range(num_streams)]
     with Ledger(body, inputs=streams) as ledger:
         sum(x.square().mean() for x in body(streams)).backward()
     return ledger.columns[Column.ACTIVATIONS]
 
 
-def test_saved_bytes_do_not_grow_with_depth():
-    shallow, deep = bytes_of(2), bytes_of(8)
-    print(shallow, deep, bytes_of(2, False), bytes_of(8, False))
-    assert deep == shallow
-    assert bytes_of(8, False) > 3.9 * bytes_of(2, False)
-    assert deep < bytes_of(2, False) / 4
+@pytest.mark.parametrize("num_streams", [2, 3, 4])
+def test_saved_bytes_do_not_grow_with_depth(num_streams):
+    shallow, deep = bytes_of(num_streams, 2), bytes_of(num_streams, 6)
+    plain = [bytes_of(num_streams, num_cells, False) for num_cells in (1, 3)]
+    print(shallow, deep, plain)
+    assert deep == shallow < plain[0]
+    assert plain[1] > 2.9 * plain[0]
 
 
 def test_repetitions_of_a_cell_make_one_choice():
