@@ -29,6 +29,9 @@ from slimgrad.layers.arena_inference import ArenaInference
 from slimgrad.layers.coupling import ReversibleBlock
 from slimgrad.layers.memory_efficient_attention import memory_efficient_attention
 from slimgrad.layers.reversible_sequence import ReversibleSequence
+from slimgrad.layers.reversible_supernet import ReversibleSupernet
+from slimgrad.layers.reversible_unet3d import ReversibleUnet3d
+from slimgrad.layers.sequence_operations import sequence_operations
 from slimgrad.layers.sparse_linear import SparseLinear
 from slimgrad.methods.activations.grad_cache import GradCache
 from slimgrad.methods.activations.memory_replay import memory_replay
@@ -150,8 +153,8 @@ def reversible() -> list[Way]:
     chain = ReversibleSequence(ReversibleBlock(function(), function()) for _ in range(16))
     streams = tuple(torch.randn(8, 512, 128, requires_grad=True) for _ in range(2))
 
-    def run(is_reversible: bool) -> None:
-        chain.is_reversible = is_reversible
+    def run(is_reversible: bool, overlap: bool = False) -> None:
+        chain.is_reversible, chain.overlap = is_reversible, overlap
         sum(out.square().mean() for out in chain(streams)).backward()
 
     def checkpointed() -> None:
@@ -163,9 +166,33 @@ def reversible() -> list[Way]:
     named = {
         "plain": lambda: run(False),
         "reversible_sequence": lambda: run(True),
+        "pareprop": lambda: run(True, overlap=True),
         "torch checkpoint": checkpointed,
     }
     return [Way(name, way, chain, streams) for name, way in named.items()]
+
+
+def search() -> list[Way]:
+    """Six cells of two streams, seven candidates an operation, 8 x 128 tokens: one step of a search's gradients."""
+    net = ReversibleSupernet(sequence_operations(64), num_cells=6)
+    streams = tuple(torch.randn(8, 128, 64) for _ in range(2))
+
+    def run(is_reversible: bool) -> None:
+        net.is_reversible = is_reversible
+        sum(out.square().mean() for out in net(streams)).backward()
+
+    named = {"plain": False, "reversible_supernet": True}
+    return [Way(name, lambda r=r: run(r), net, streams) for name, r in named.items()]
+
+
+def segmentation() -> list[Way]:
+    """A 3-D U-Net of three levels, two blocks each, on a volume of 32^3."""
+    ways = []
+    volume = torch.randn(1, 1, 32, 32, 32)
+    for name, is_reversible in {"plain": False, "reversible_unet3d": True}.items():
+        net = ReversibleUnet3d(1, 2, width=8, blocks_per_level=2, is_reversible=is_reversible)
+        ways.append(Way(name, lambda n=net: n(volume).square().mean().backward(), net, volume))
+    return ways
 
 
 class Field(nn.Module):
@@ -247,6 +274,8 @@ KINDS: dict[str, Callable[[], list[Way]]] = {
     "loss": loss,
     "contrastive": contrastive,
     "reversible": reversible,
+    "search": search,
+    "segmentation": segmentation,
     "continuous": continuous,
     "recurrent": recurrent,
     "sparse": sparse,

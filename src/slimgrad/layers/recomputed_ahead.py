@@ -1,8 +1,8 @@
-"""Runs the reconstruction of the block before on a second thread, while a block is differentiated."""
+"""Runs the reconstruction of the function before on a second thread, while a function is differentiated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ class Job(Protocol):
 
 @dataclass
 class Taken:
-    """A job, and its pieces: made already, or made as they are asked for."""
+    """A job, and its pieces, made as they are asked for or one ahead."""
 
     job: Any
     pieces: Iterable[Piece]
@@ -55,45 +55,71 @@ class Ahead:
         """Forget what was run ahead."""
 
 
+@dataclass
+class _Run:
+    """A job that is under way: its pieces so far are made."""
+
+    job: Job
+    pieces: Iterator[Piece]
+
+    @staticmethod
+    def of(job: Job) -> _Run:
+        return _Run(job, iter(job.pieces()))
+
+    def step(self) -> tuple[_Run, Piece] | None:
+        """The next piece, of the block before where this one is done; None where there is no such block."""
+        run: _Run = self
+        while True:
+            piece = next(run.pieces, None)
+            if piece is not None:
+                return run, piece
+            before = run.job.before()
+            if before is None:
+                return None
+            run = _Run.of(before)
+
+
 class _Overlapped(Ahead):
-    """One block ahead, on one worker. Under a dispatch mode (a ledger) the same is done on the caller's thread, which it watches."""
+    """One function ahead, on one worker. Under a dispatch mode (a ledger) the same is done on the caller's thread, which it watches."""
 
     def __init__(self) -> None:
         self._last: Any = None
-        self._ready: tuple[Any, Future[list[Piece]]] | None = None
+        self._ready: Future[tuple[_Run, Piece] | None] | None = None
 
     def passed(self, link: Any) -> None:
         link.before, self._last = self._last, link
 
-    def taken(self, job: Any) -> Taken:
+    def taken(self, job: Job) -> Taken:
         ready, self._ready = self._ready, None
-        if ready is not None and ready[0].link is job.link:
-            job, pieces = ready[0], ready[1].result()
-        else:
-            pieces = list(job.pieces())
-        before = job.before()
-        if before is not None:
-            self._ready = before, _start(before)
-        return Taken(job, _handed_out(pieces))
+        made = None if ready is None else ready.result()
+        if made is None or made[0].job.link is not job.link:
+            made = _Run.of(job).step()
+        assert made is not None  # a block has a function for each stream
+        run, piece = made
+        return Taken(run.job, self._handed_out(run, [piece]))
+
+    def _handed_out(self, run: _Run, pieces: list[Piece]) -> Iterator[Piece]:
+        """The rest of ``run``'s pieces; none is held here while it is differentiated."""
+        while pieces:
+            self._ready = _start(run)
+            yield pieces.pop()
+            made = self._ready.result()
+            if made is not None and made[0] is run:
+                pieces.append(made[1])
+            del made  # the first piece of another block waits in self._ready
 
     def clear(self) -> None:
         ready, self._ready = self._ready, None
         if ready is not None:
-            ready[1].cancel()
+            ready.cancel()
 
 
-def _handed_out(pieces: list[Piece]) -> Iterable[Piece]:
-    pieces.reverse()
-    while pieces:
-        yield pieces.pop()
-
-
-def _start(job: Job) -> Future[list[Piece]]:
+def _start(run: _Run) -> Future[tuple[_Run, Piece] | None]:
     if _get_current_dispatch_mode_stack():
-        done = Future[list[Piece]]()
-        done.set_result(list(job.pieces()))
+        done = Future[tuple[_Run, Piece] | None]()
+        done.set_result(run.step())
         return done
-    return _worker().submit(lambda: list(job.pieces()))
+    return _worker().submit(run.step)
 
 
 _WORKERS: list[ThreadPoolExecutor] = []

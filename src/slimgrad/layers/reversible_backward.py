@@ -78,8 +78,10 @@ def differentiate(
     carried = link.carried
     tensors = link.extras.tensors
     out = _Node.apply(link, len(streams), len(tensors), *streams, *tensors, *parameters)
-    carried.ahead.passed(link)
-    return tuple(out)  # pyright: ignore[reportArgumentType]
+    made: tuple[Tensor, ...] = tuple(out)  # pyright: ignore[reportArgumentType]
+    if any(x.requires_grad for x in made):  # no other block is gone back through
+        carried.ahead.passed(link)
+    return made
 
 
 class _Node(torch.autograd.Function):

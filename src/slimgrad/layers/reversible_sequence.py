@@ -3,7 +3,7 @@
 Formula: y_k = s_k x_k + F_k(mean of the other streams), k = 1..n in turn; x_k = (y_k - F_k(...)) / s_k, k = n..1.
     With n = 2 and s = 1 this is y1 = x1 + F(x2), y2 = x2 + G(y1).
 Memory: activations are those of one output of the chain, whatever its depth (and 5 KB of the host's for each function that
-    draws random numbers). Backward has one function's graph at a time; with ``overlap``, two blocks'.
+    draws random numbers). Backward has one function's graph at a time; with ``overlap``, two functions'.
     Time: each function's forward pass once more.
 Exactness: exact: the gradient is autograd's at the reconstructed streams, whose rounding errors grow with depth by the
     functions' Lipschitz constants, and by 1 / s where scales are below 1. ``reconstruction_error`` measures it,
@@ -16,8 +16,8 @@ Limits: double backward, functions that change their input in place or use param
     parameters changed between forward and backward raise errors. Streams are of one shape. Python's and NumPy's random
     numbers are not replayed.
 References: Gomez et al., The Reversible Residual Network, section 3.1 and algorithm 1 (two streams); Zhao et al.,
-    Memory-Efficient Differentiable Transformer Architecture Search, abstract (n streams, reconstructed from the last
-    outputs). *departs:* how several streams come into a function the abstract leaves open: here it is given their
+    Memory-Efficient Differentiable Transformer Architecture Search, equations 3 and 4 (n streams, reconstructed from
+    the last outputs). *departs:* of the paper's two poolings of the other streams, maximum and mean, here is the
     mean; one autograd node a block, so that gradients of a block's parameters are complete, and may be used up,
     before the next block is reconstructed.
 """
@@ -26,10 +26,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack  # pyright: ignore[reportUnknownVariableType]
 
 from slimgrad.errors import ArgumentError, UnsupportedError
 from slimgrad.layers.coupling import (
@@ -40,6 +41,7 @@ from slimgrad.layers.coupling import (
     ReversibleBlock,
     Wide,
 )
+from slimgrad.layers.overlap_times import OverlapTimes, copied_blocks, time_overlap
 from slimgrad.layers.recomputed_ahead import Ahead
 from slimgrad.layers.reversible_backward import Carried, Extras, Link, differentiate
 from slimgrad.measuring.randomness import kept_randomness
@@ -62,8 +64,9 @@ class ReversibleSequence(nn.Module):
 
     ``max_error`` bounds the relative error of the reconstructed inputs, measured at the first forward pass with
     gradients of each dtype and shape. ``fixed_point`` is a number of fraction bits; ``wide`` holds
-    the streams in float64. ``overlap`` reconstructs a block on a second thread while the one after it is
-    differentiated: off by default, on one core no gain. ``is_reversible = False`` keeps everything, as plain autograd does.
+    the streams in float64. ``overlap`` reconstructs a function on a second thread while the one after it is
+    differentiated: on one core no gain; "auto" times it at the first pass with gradients and keeps to what was
+    faster (see pareprop). ``is_reversible = False`` keeps everything, as plain autograd does.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class ReversibleSequence(nn.Module):
         *,
         max_error: float | None = None,
         fixed_point: int | None = None,
-        overlap: bool = False,
+        overlap: bool | Literal["auto"] = False,
         wide: bool = False,
     ) -> None:
         super().__init__()
@@ -86,12 +89,15 @@ class ReversibleSequence(nn.Module):
             raise ArgumentError(
                 "expected fixed_point or wide, found both: streams are held one way"
             )
+        if overlap not in (True, False, "auto"):
+            raise ArgumentError(f'expected overlap of True, False or "auto", found {overlap!r}')
         self.max_error = max_error
         self.fixed_point = fixed_point
-        self.overlap = overlap
+        self.overlap: bool | Literal["auto"] = overlap
         self.wide = wide
         self.is_reversible = True
         self._measured: set[Any] = set()
+        self._times: OverlapTimes | None = None
 
     def forward(self, streams: Sequence[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The streams after the last block. ``args`` and ``kwargs`` go to every function."""
@@ -101,6 +107,33 @@ class ReversibleSequence(nn.Module):
                 streams = block(streams, *args, **kwargs)
             return tuple(streams)
         return _Pass(self, Extras.of(args, kwargs)).run(tuple(streams))
+
+    def overlap_times(
+        self,
+        streams: Sequence[Tensor],
+        *args: Any,
+        num_blocks: int = 4,
+        num_runs: int = 5,
+        **kwargs: Any,
+    ) -> OverlapTimes:
+        """Seconds of copies of the first blocks, overlapped and in order. Nothing of the chain is changed."""
+        self._check(streams)
+        trial = ReversibleSequence(
+            copied_blocks(self._blocks()[:num_blocks]),
+            fixed_point=self.fixed_point,
+            wide=self.wide,
+        )
+        return time_overlap(trial, streams, (args, kwargs), num_runs)
+
+    def overlaps(self, streams: Sequence[Tensor], extras: tuple[Any, Any]) -> bool:
+        """What ``overlap`` says; "auto" is timed once, but not under a dispatch mode (a ledger) or without gradients."""
+        if self.overlap != "auto":
+            return self.overlap
+        can_time = torch.is_grad_enabled() and not _get_current_dispatch_mode_stack()
+        if self._times is None and can_time:
+            args, kwargs = extras
+            self._times = self.overlap_times(streams, *args, **kwargs)
+        return self._times is not None and self._times.is_faster
 
     def arithmetic(self) -> Arithmetic:
         """How streams are held between blocks."""
@@ -131,7 +164,8 @@ class _Pass:
     def run(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One node of the graph for each block."""
         chain, arithmetic = self.chain, self.chain.arithmetic()
-        carried = Carried([arithmetic.enter(x.detach()) for x in streams], Ahead.of(chain.overlap))
+        ahead = Ahead.of(chain.overlaps(streams, self.extras.plain()))
+        carried = Carried([arithmetic.enter(x.detach()) for x in streams], ahead)
         dtypes = [x.dtype for x in streams]
         first = list(carried.held) if self._is_to_be_measured(streams) else None
         blocks = chain._blocks()

