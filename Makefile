@@ -63,6 +63,7 @@ check: $(VENV)/.dev ## Lint, types, generated pages up to date
 	$(BIN)/pyright
 	$(BIN)/python tools/docs.py --check
 	$(BIN)/python tools/frontier.py --check
+	$(BIN)/python tools/codes.py --check
 
 format: $(VENV)/.dev ## Format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .
@@ -71,11 +72,13 @@ format: $(VENV)/.dev ## Format the code and mend what the linter can mend
 docs: $(VENV)/.dev ## Write the generated pages again
 	$(BIN)/python tools/docs.py
 	$(BIN)/python tools/frontier.py
+	$(BIN)/python tools/codes.py
 
 bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/budgets.py
 	$(BIN)/python benchmarks/activations.py
 	$(BIN)/python benchmarks/approximate.py
+	$(BIN)/python benchmarks/finetuning.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/longest.py
 	$(BIN)/slimgrad bench frontier --device cpu --out runs/frontier $(BENCH_OPTIONS)
