@@ -37,9 +37,9 @@ from slimgrad.arena import ALIGNMENT, Arena, Lifetimes, layouts
 from slimgrad.errors import ArgumentError, PlanError
 from slimgrad.layers.replayed_call import ReplayedCall
 from slimgrad.method import Paper, component
-from slimgrad.methods.activations.saved import Geometry, Kept, is_plain
-from slimgrad.methods.activations.stored import whole_storage
 from slimgrad.single_backward import single_backward
+from slimgrad.storage.saved import Geometry, Kept, is_plain
+from slimgrad.storage.stored import whole_storage
 from slimgrad.types import Column, Exactness, format_bytes
 
 

@@ -23,10 +23,10 @@ from slimgrad.layers.blockwise_sweep import Replay
 from slimgrad.layers.chunked_attention import TiledAttention
 from slimgrad.layers.memory_efficient_attention import memory_efficient_attention
 from slimgrad.layers.replayed_randomness import Draws
-from slimgrad.methods.activations.saved import Geometry, Kept, is_plain
-from slimgrad.methods.activations.stored import Stored, whole_storage
 from slimgrad.single_backward import single_backward
 from slimgrad.storage import Store
+from slimgrad.storage.saved import Geometry, Kept, is_plain
+from slimgrad.storage.stored import Stored, whole_storage
 
 
 @dataclass(frozen=True)

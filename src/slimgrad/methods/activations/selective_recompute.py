@@ -46,11 +46,11 @@ from slimgrad.method import (
 )
 from slimgrad.methods.activations.moving import Moving
 from slimgrad.methods.activations.operation_tape import Tape
-from slimgrad.methods.activations.saved import returned_tensors
-from slimgrad.methods.activations.stored import HAND_OVER_S, SMALL_BYTES
 from slimgrad.methods.activations.values import NOTE_S, RUN_S
 from slimgrad.methods.activations.wrapping import wrap_forward
 from slimgrad.storage import store_of
+from slimgrad.storage.saved import returned_tensors
+from slimgrad.storage.stored import HAND_OVER_S, SMALL_BYTES
 from slimgrad.types import Column, Exactness, format_bytes
 
 _GRADES = (0.0, 0.03, 0.06, 0.12, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
