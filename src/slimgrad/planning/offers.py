@@ -24,12 +24,12 @@ from slimgrad.method import (
     method_name,
 )
 from slimgrad.methods.activations.coded_store import CodedStore
-from slimgrad.methods.activations.stored import HAND_OVER_S
 from slimgrad.planning.calls import BlockLayout
 from slimgrad.planning.coded import coded_ways, undominated
 from slimgrad.planning.runs import chains, segments
 from slimgrad.planning.settings import block_record, model_record
 from slimgrad.planning.simulate import Layout
+from slimgrad.storage.stored import HAND_OVER_S
 from slimgrad.types import Exactness
 
 CODING_SHARE = 0.15  # of a plain step's seconds that codes may take

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from slimgrad.code import Code
 from slimgrad.methods.activations.coded import Coded
-from slimgrad.methods.activations.stored import Stored, whole_storage
 from slimgrad.methods.activations.values import Value
 from slimgrad.storage import Store
+from slimgrad.storage.stored import Stored, whole_storage
 
 
 class Moving:

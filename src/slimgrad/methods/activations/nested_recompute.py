@@ -44,10 +44,10 @@ from slimgrad.method import (
 )
 from slimgrad.methods.activations.operation_tape import Tape
 from slimgrad.methods.activations.repeated_modules import STAGE_S, RepeatedModules
-from slimgrad.methods.activations.saved import returned_tensors
 from slimgrad.methods.activations.schedules import Chain, best_schedules, holdings
 from slimgrad.methods.activations.values import NOTE_S, RUN_S
 from slimgrad.methods.activations.wrapping import wrap_forward
+from slimgrad.storage.saved import returned_tensors
 from slimgrad.types import Column, Exactness, format_bytes
 
 _MOST_NOTING = (

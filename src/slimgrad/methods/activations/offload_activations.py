@@ -32,10 +32,10 @@ from torch.utils._pytree import tree_leaves
 from slimgrad.errors import MethodError
 from slimgrad.host import Host
 from slimgrad.method import Block, Offer, Paper, Refusal, Restore, Scope, Undo
-from slimgrad.methods.activations.saved import MODIFIED, Geometry, Kept, is_plain, returned_tensors
-from slimgrad.methods.activations.stored import HAND_OVER_S, SMALL_BYTES, Stored, whole_storage
 from slimgrad.methods.activations.wrapping import wrap_forward
 from slimgrad.storage import Store, store_of
+from slimgrad.storage.saved import MODIFIED, Geometry, Kept, is_plain, returned_tensors
+from slimgrad.storage.stored import HAND_OVER_S, SMALL_BYTES, Stored, whole_storage
 from slimgrad.types import Column, Exactness, format_bytes
 
 

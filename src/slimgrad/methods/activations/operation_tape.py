@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimgrad.measuring.trace import written_arguments
 from slimgrad.methods.activations.moving import Moving
-from slimgrad.methods.activations.saved import Geometry, Kept, is_plain
 from slimgrad.methods.activations.schedules import Holding
 from slimgrad.methods.activations.values import (
     Argument,
@@ -37,6 +36,7 @@ from slimgrad.methods.activations.values import (
     recipe,
     results,
 )
+from slimgrad.storage.saved import Geometry, Kept, is_plain
 
 # running statistics: written, though the schema does not tell, and in training without a part in what is returned
 _STATISTICS = dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), (3, 4))

@@ -22,8 +22,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from slimgrad.measuring.randomness import OutsideTorch
 from slimgrad.measuring.second_run import SecondRun
-from slimgrad.methods.activations.saved import Kept, is_plain, returned_tensors
 from slimgrad.methods.activations.schedules import Holding
+from slimgrad.storage.saved import Kept, is_plain, returned_tensors
 
 STAGE_S = 60e-6  # seconds that noting one block takes, and again running it again
 

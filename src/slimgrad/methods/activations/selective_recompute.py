@@ -47,11 +47,11 @@ from slimgrad.method import (
 )
 from slimgrad.methods.activations.moving import Moving
 from slimgrad.methods.activations.operation_tape import Tape
-from slimgrad.methods.activations.saved import returned_tensors
-from slimgrad.methods.activations.stored import HAND_OVER_S, SMALL_BYTES
 from slimgrad.methods.activations.values import NOTE_S, RUN_S
 from slimgrad.methods.activations.wrapping import wrap_forward
 from slimgrad.storage import store_of
+from slimgrad.storage.saved import returned_tensors
+from slimgrad.storage.stored import HAND_OVER_S, SMALL_BYTES
 from slimgrad.types import Column, Exactness, format_bytes
 
 _NEVER_S = 1e3  # of an operation that reads what only backward may read

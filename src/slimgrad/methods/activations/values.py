@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from slimgrad.methods.activations.coded import Coded
-from slimgrad.methods.activations.saved import MODIFIED, Geometry
 from slimgrad.methods.activations.schedules import Holding
-from slimgrad.methods.activations.stored import Stored
+from slimgrad.storage.saved import MODIFIED, Geometry
+from slimgrad.storage.stored import Stored
 
 NOTE_S = 60e-6  # seconds that noting one operation takes, beside running it
 RUN_S = 40e-6  # and running it again
