@@ -277,7 +277,8 @@ def main() -> None:
     asked = parser.parse_args()
     stores = {name for name in asked.stores.split(",") if name}
     tasks = (task(name, asked.steps) for name in asked.tasks.split(","))
-    write_rows(asked.out, (rows_of(chosen, stores, asked.seeds) for chosen in tasks))
+    rows = (row for chosen in tasks for row in rows_of(chosen, stores, asked.seeds))
+    write_rows(asked.out, ([row] for row in rows))
 
 
 if __name__ == "__main__":

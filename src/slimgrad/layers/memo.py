@@ -15,8 +15,8 @@ Limits: ``before`` and ``after`` must treat every token alone and draw alike in 
     mask raise ``UnsupportedError``. One backward pass, no double backward. No plan chooses it: which tokens a tensor
     belongs to, and where attention mixes them, is not in the record of a block; selective_recompute moves and
     recomputes whole tensors of any block, and is what plans choose from.
-References: Zhao et al. (2024), sections 4.1 (token-wise recomputation and swapping; its input and attention are swapped whole) and
-    4.2 (the packing on two levels is ``slimgrad.arena``). *departs:* to pinned memory on CUDA, to a file on the CPU;
+References: Zhao et al. (2024): token-wise recomputation and swapping, a layer's input and attention swapped whole; the
+    packing on two levels is ``slimgrad.arena``. *departs:* to pinned memory on CUDA, to a file on the CPU;
     what is swapped is what autograd saves, each storage once, not a list for one model; no rounding buffers: reads are
     made when backward asks.
 """

@@ -1,8 +1,9 @@
 """A GPT layer saves the bytes of the paper's closed form, without its attention core what is left of it, for few FLOPs.
 
 Korthikanti et al. (2022), equation 1, counts for 16-bit elements and masks of one byte: sbh (34 + 5 a s / h), of which
-attention is 11 sbh + 5 a s^2 b, the feed-forward network 19 sbh, both norms 4 sbh; equation 6 leaves 34 sbh where the
-attention core is recomputed. With elements of e bytes the same tensors are sbh (16 e + 2) + a s^2 b (2 e + 1):
+attention is 11 sbh + 5 a s^2 b, the feed-forward network 19 sbh, both norms 4 sbh; selective recomputation leaves
+34 sbh where the attention core is recomputed. With elements of e bytes the same tensors are
+sbh (16 e + 2) + a s^2 b (2 e + 1):
 
     attention: input e, queries and keys 2 e, values e, input of the last projection e, mask 1  (sbh);
                softmax e, its mask 1, its dropout's output e                                  (a s^2 b)
@@ -33,7 +34,7 @@ def dropped(x):
 
 
 class Layer(nn.Module):
-    """The layer of the paper's figure 2: scores, softmax and their dropout are single operations."""
+    """A GPT layer as the paper counts it: scores, softmax and their dropout are single operations."""
 
     def __init__(self):
         super().__init__()
