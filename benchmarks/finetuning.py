@@ -178,9 +178,8 @@ def coded_settings(profile: slimgrad.Profile) -> dict[Setting, Coded]:
             offer = store.offer(asked)
             if not isinstance(offer, Offer):
                 continue
-            kept = tuple(s for s, saved in enumerate(record.graph.is_saved) if saved)
             coded = found.setdefault((name, fields), Coded({}))
-            coded.stores[path] = store, SelectiveRecompute(kept)
+            coded.stores[path] = store, SelectiveRecompute(record.graph.saved)
             coded.squared_error += offer.record.squared_error
     return found
 

@@ -5,10 +5,11 @@ With ``--check`` nothing is written: the exit code is 1 if the page differs from
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from pages import asked_to_check, is_current, out_of_date, table
 
 from slimgrad.comparing.plot import save_png
 from slimgrad.comparing.rows import Row, by_model, load_rows
@@ -24,10 +25,11 @@ NOTE = (
 )
 INTRODUCTION = """\
 One training step of each model, every contender in turns in one run of `slimgrad bench frontier`: plain training, the
-ways to save memory that PyTorch has, slimgrad planned for budgets, and slimgrad planned for the peak that each
-peer was measured to need, to within a thousandth. A time is the median over rounds, as a ratio to plain training's in the same run; a peak is
-the most live bytes at any instant, as a ratio to plain training's. Against peers that compile nothing slimgrad
-compiles nothing. The machine has 2 cores that others use as well: times within some 5 % of each other are the same."""
+ways to save memory that PyTorch has, slimgrad planned for budgets, and slimgrad planned for the peak that each peer was
+measured to need, to within a thousandth. A time is the median over rounds, as a ratio to plain training's in the same
+run; a peak is the most live bytes at any instant, as a ratio to plain training's. Against peers that compile nothing
+slimgrad compiles nothing. The machine has 2 cores that others use as well: times within some 5 % of each other are the
+same."""
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -52,7 +54,7 @@ def _model(model: str, rows: Sequence[Row]) -> list[str]:
         for r in plans
     ]
     parts.append(
-        _table(("slimgrad's budget", "peak", "time", "predicted time"), cells)
+        table(("slimgrad's budget", "peak", "time", "predicted time"), cells)
         if cells
         else "No budgets were asked for."
     )
@@ -66,12 +68,12 @@ def _model(model: str, rows: Sequence[Row]) -> list[str]:
         "planned",
     )
     if approximate:
-        parts.append(_table(header, approximate))
+        parts.append(table(header, approximate))
     named = {row.contender: row for row in rows}
     fought = duels(rows)
     header = ("peer", "its peak", "its time", "slimgrad's peak", "its time", "of the peer's")
     if fought:
-        parts.append(_table(header, [_duel(d, named) for d in fought]))
+        parts.append(table(header, [_duel(d, named) for d in fought]))
     failed = [f"{r.contender}: {r.error}" for r in rows if r.kind == "peer" and r.error]
     if failed:
         parts.append("Not measured: " + "; ".join(failed) + ".")
@@ -104,30 +106,21 @@ def _duel(duel: Duel, named: dict[str, Row]) -> tuple[str, ...]:
     )
 
 
-def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _of(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write or check the page; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
-    is_check = parser.parse_args(arguments).check
+    is_check = asked_to_check(__doc__, arguments)
     rows = load_rows(ROWS)
     text = page(rows)
+    if is_current(PAGE, text):
+        return 0
     if is_check:
-        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
-            return 0
-        print(f"out of date: {PAGE}; run 'make docs'", file=sys.stderr)
-        return 1
-    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        PAGE.write_text(text, encoding="utf-8")
-        save_png(rows, PLOT)
+        return out_of_date(PAGE)
+    PAGE.write_text(text, encoding="utf-8")
+    save_png(rows, PLOT)
     return 0
 
 

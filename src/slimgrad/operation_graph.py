@@ -47,6 +47,11 @@ class OperationGraph:
         """Which of the blocks in a row an operation belongs to."""
         return self.stages[operation] if self.stages else 0
 
+    @functools.cached_property
+    def saved(self) -> tuple[int, ...]:
+        """The storages that backward asks for, by number."""
+        return tuple(s for s, is_saved in enumerate(self.is_saved) if is_saved)
+
     def recipe(self, wanted: Iterable[int], kept: Container[int]) -> list[int]:
         """The operations that make the storages ``wanted`` from those in ``kept``, in their order."""
         found, open_storages, met = set[int](), list(wanted), set[int]()

@@ -84,7 +84,7 @@ def records_of(profile: Profile) -> dict[str, Record]:
 def keep_everything(record: Record) -> SelectiveRecompute:
     """The schedule in which nothing is run again."""
     assert record.graph is not None
-    return SelectiveRecompute(tuple(s for s, saved in enumerate(record.graph.is_saved) if saved))
+    return SelectiveRecompute(record.graph.saved)
 
 
 def coded_settings(profile: Profile, cls: type[CodedStore]) -> list[Coded] | Refusal:

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def generator(name="docs"):
         f"{name}_generator", ROOT / "tools" / f"{name}.py"
     )
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")  # as where the tool is run as a script
+        spec.loader.exec_module(module)
     return module
 
 
@@ -92,6 +95,15 @@ def test_the_check_notices_pages_that_are_changed_missing_or_left_over(tmp_path,
     assert docs.main(options) == 0
     assert docs.main([*options, "--check"]) == 0
     assert not (tmp_path / "gone.md").exists()
+
+
+def test_the_page_of_codes_says_what_its_rows_say():
+    made = generator("codes")
+    rows = [json.loads(line) for line in made.ROWS.read_text(encoding="utf-8").splitlines()]
+    assert made.page(rows) == made.PAGE.read_text(encoding="utf-8")
+    row = next(r for r in rows if r["store"] != "exact")
+    row["gradient_error"] *= 2
+    assert made.page(rows) != made.PAGE.read_text(encoding="utf-8")
 
 
 def test_the_page_of_the_frontier_says_what_its_rows_say():

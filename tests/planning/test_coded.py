@@ -18,10 +18,13 @@ from tests.planning.test_solve import BLOCKS, DRAWN, programme_of
 from slimgrad.errors import BudgetError, PlanError
 from slimgrad.measuring.profile import Profile
 from slimgrad.method import Block, Refusal, Scope
+from slimgrad.planning import plan as planning
 from slimgrad.planning.coded import coded_ways, undominated
 from slimgrad.planning.menu import Menu
+from slimgrad.planning.offers import Allowed
 from slimgrad.planning.plan import Plan, plan
 from slimgrad.planning.solve import Programme
+from slimgrad.planning.workbench import Workbench
 from slimgrad.types import Exactness
 
 PRICES = st.lists(st.tuples(*[st.integers(0, 4)] * 3), max_size=12)
@@ -244,9 +247,27 @@ def test_a_budget_that_exact_rungs_miss_is_told_with_what_codes_reach() -> None:
     assert told.value.smallest_bytes == coded
     with pytest.raises(BudgetError) as told:
         plan(profile, coded - 1, exactness="exact")
-    if coded < lowest:
-        assert told.value.by_rung["approximate"] == coded
     assert told.value.smallest_bytes == lowest
+
+
+def test_looser_rungs_are_asked_with_the_error_that_they_would_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[Exactness, float | None] = {}
+
+    class Asked(Workbench):
+        def __init__(self, profile: Profile, allowed: Allowed) -> None:
+            asked[allowed.exactness] = allowed.error
+            super().__init__(profile, allowed)
+
+    monkeypatch.setattr(planning, "Workbench", Asked)
+    with pytest.raises(BudgetError):
+        plan(timed_profile(), 1, exactness="exact")
+    assert asked == {
+        Exactness.EXACT: None,
+        Exactness.UNBIASED: planning.DEFAULT_ERROR,
+        Exactness.APPROXIMATE: planning.DEFAULT_ERROR,
+    }
 
 
 @pytest.mark.parametrize("sample", ["mlp", "attention"])

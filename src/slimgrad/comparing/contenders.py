@@ -26,6 +26,7 @@ from slimgrad.comparing.zoo import Subject
 from slimgrad.errors import BudgetError, VerificationError
 from slimgrad.measuring.profile import Profile
 from slimgrad.planning.plan import Plan, plan
+from slimgrad.planning.tighten import narrowed
 from slimgrad.types import BudgetLike, format_bytes
 from slimgrad.verifying.gradient import relative_error, same_bits
 
@@ -33,7 +34,6 @@ RUN_STEPS = (
     100_000  # of the run that slimgrad plans for: what compiling takes is told apart for all
 )
 _TIGHTENINGS = 3
-_NARROWING = 0.9  # of the error that the last plan's measured one allows
 _WARM_UP = 2  # the optimizer makes its state in the first, and the allocator finds its places in the second
 
 
@@ -193,7 +193,7 @@ class SlimContender(Contender):
             if over > 0:
                 reserve += max(over, self.plan.budget_bytes // 1000)
             if self.error and found > self.error:
-                error *= _NARROWING * self.error / found
+                error = narrowed(error, self.error, found)
         raise VerificationError(
             f"the measured peak stays {format_bytes(over)} above the budget after {_TIGHTENINGS} plans"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from slimgrad.errors import UnsupportedError
 from slimgrad.layers.coupling import ReversibleBlock
+from slimgrad.measuring.machine import cores
 from slimgrad.measuring.randomness import kept_randomness
 
 _NOISE: Final = 0.05  # a gain below this is not told from none
@@ -90,12 +90,6 @@ def time_overlap(
     return OverlapTimes(
         overlapped, dict(zip(counts, in_order, strict=True)), num_threads, num_cores
     )
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
 def _in_turns(

@@ -63,6 +63,13 @@ class Machine:
         return _within(self.available_bytes, self.cgroup_limit_bytes, self.cgroup_used_bytes)
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def this_machine() -> Machine:
     """Look at the machine. Nothing is changed, but asking for CUDA devices starts torch on CUDA."""
     memory = psutil.virtual_memory()
@@ -72,9 +79,7 @@ def this_machine() -> Machine:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=_processor(),
-        num_cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else (os.cpu_count() or 1),
+        num_cores=cores(),
         num_threads=torch.get_num_threads(),
         memory_bytes=memory.total,
         available_bytes=memory.available,

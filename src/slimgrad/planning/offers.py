@@ -32,7 +32,7 @@ from slimgrad.planning.simulate import Layout
 from slimgrad.storage.stored import HAND_OVER_S
 from slimgrad.types import Exactness
 
-CODING_SHARE = 0.15  # of a plain step's seconds that codes may take
+_CODING_SHARE = 0.15  # of a plain step's seconds that codes may take
 _NOISE = 0.02  # of the plain passes' seconds
 
 
@@ -107,6 +107,11 @@ class Scheme:
         doubt = _NOISE * self.plain_s if self.trace.is_timed else self.plain_s
         passes = max(passes, min(passes + doubt, self.plain_s))
         return passes + self.record.update_s + self.record.extra_s
+
+
+def coding_limit_s(profile: Profile) -> float:
+    """The seconds of a step that all its codes together may take."""
+    return _CODING_SHARE * profile.seconds
 
 
 def check_allowed(names: Sequence[str]) -> None:
@@ -232,7 +237,7 @@ def _is_within(option: Option, profile: Profile, allowed: Allowed) -> bool:
     """Whether the option alone keeps to what all of them together may bring of error, and take for codes."""
     error = allowed.error or 0.0
     is_accurate = option.record.squared_error <= error**2
-    return is_accurate and option.coding_s <= CODING_SHARE * profile.seconds
+    return is_accurate and option.coding_s <= coding_limit_s(profile)
 
 
 def _replayed(layout: Layout, block: BlockLayout, record: Record) -> Record:

@@ -112,11 +112,10 @@ class _Passes:
 
     def squared_error(self, path: str, store: CodedStore, graph: OperationGraph) -> float:
         """The square of the gradient's relative L2 error with ``store`` on one block, in which nothing is run again."""
-        everything = tuple(s for s, saved in enumerate(graph.is_saved) if saved)
         block = Block(path, Scope.BLOCK, host=self._host)
         undo = Undo(store.attach(block))
         try:
-            undo.then(SelectiveRecompute(everything).attach(block))
+            undo.then(SelectiveRecompute(graph.saved).attach(block))
             found = self._gradients()
         finally:
             undo()

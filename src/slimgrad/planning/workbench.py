@@ -10,7 +10,7 @@ import numpy as np
 from slimgrad.measuring.profile import Profile
 from slimgrad.planning.bounds import least_live
 from slimgrad.planning.menu import Menu
-from slimgrad.planning.offers import CODING_SHARE, Allowed, Scheme, options
+from slimgrad.planning.offers import Allowed, Scheme, coding_limit_s, options
 from slimgrad.planning.settings import gradients_stay, layout_of
 from slimgrad.planning.simulate import Layout
 from slimgrad.planning.solve import GAP, Programme, Solution
@@ -37,8 +37,7 @@ class Workbench:
             self._menus[key] = Menu(layout, offered)
         menu = self._menus[key]
         self._saved_s = max(self._saved_s, menu.most_saved_s)
-        coding_s = CODING_SHARE * self.profile.seconds
-        return Programme(scheme, menu, self.allowed.error or 0.0, coding_s)
+        return Programme(scheme, menu, self.allowed.error or 0.0, coding_limit_s(self.profile))
 
     def _layout(self, scheme: Scheme) -> Layout:
         key = id(scheme.trace)

@@ -19,7 +19,7 @@ from slimgrad.host import LossFn
 from slimgrad.planning.arguments import check_arguments
 from slimgrad.planning.plan import Plan, needs_sensitivity, plan
 from slimgrad.planning.profiling import measure
-from slimgrad.planning.tighten import Replan, tightened
+from slimgrad.planning.tighten import Replan, narrowed, tightened
 from slimgrad.types import Budget, BudgetLike, Exactness, format_bytes
 from slimgrad.verifying.report import Report
 from slimgrad.verifying.sample_loss import refuse_non_finite
@@ -131,17 +131,14 @@ def _within(planned: functools.partial[Plan], error: float | None) -> Replan:
 
 
 def _narrower(made: Plan, report: object) -> float | None:
-    """The error to plan for where the gradient's was measured above what is allowed; None where that is not what failed.
-
-    The errors of single blocks add up otherwise than was thought: what is planned falls by the same factor.
-    """
+    """The error to plan for where the gradient's was measured above what is allowed; None where that is not what failed."""
     if made.error is None or not isinstance(report, Report) or not made.predicted_error:
         return None
     failed = {name for name, passed in report.checks.items() if not passed}
     measured = report.gradient_error or 0.0
     if failed != {"gradient"} or not made.error < measured < math.inf:
         return None
-    return 0.9 * made.predicted_error * made.error / measured
+    return narrowed(made.predicted_error, made.error, measured)
 
 
 def _verified(step: Step, sample: Any) -> Report:

@@ -83,7 +83,7 @@ def pareto_front(graph: OperationGraph, transfers: Transfers | None = None) -> t
 
     Without ``transfers`` nothing is moved.
     """
-    saved = [s for s, is_saved in enumerate(graph.is_saved) if is_saved]
+    saved = graph.saved
     total = sum(graph.num_bytes[s] for s in saved)
     movable = _movable(graph, saved, transfers)
     found: dict[Point, tuple[float, float]] = {}
@@ -106,7 +106,7 @@ def pareto_front(graph: OperationGraph, transfers: Transfers | None = None) -> t
 def operations_again(graph: OperationGraph, point: Point) -> list[int]:
     """The operations that make what is neither kept nor moved."""
     there = frozenset((*point.keep, *point.move))
-    return graph.recipe([s for s, saved in enumerate(graph.is_saved) if saved], there)
+    return graph.recipe(graph.saved, there)
 
 
 def _movable(
@@ -199,12 +199,11 @@ def _again_from_codes(
     found: dict[int, list[CodedStorage]] = {}
     if graph is None or not codes:
         return found
-    for storage, is_saved in enumerate(graph.is_saved):
-        if is_saved and storage not in there:
-            again = graph.recipe([storage], there)
-            read = {s for o in again for s in graph.operations[o][1] if s in codes}
-            if read:
-                found[storage] = [codes[s] for s in read]
+    for storage in set(graph.saved) - there:
+        again = graph.recipe([storage], there)
+        read = {s for o in again for s in graph.operations[o][1] if s in codes}
+        if read:
+            found[storage] = [codes[s] for s in read]
     return found
 
 
@@ -246,12 +245,12 @@ class SelectiveRecompute:
     def grades(cls, block: Block) -> Sequence[SelectiveRecompute]:
         """The points of the block's Pareto front of bytes kept and seconds added."""
         record = block.measured
-        if record.graph is None or not any(record.graph.is_saved):
+        if record.graph is None or not record.graph.saved:
             return [cls()]
         transfers = Transfers(record.write_bytes_s, record.read_bytes_s)
         front = [cls(*point) for point in pareto_front(_readable(record.graph, record), transfers)]
         if record.coded:  # nothing is run again, and what has codes is kept as those
-            front.append(cls(tuple(s for s, saved in enumerate(record.graph.is_saved) if saved)))
+            front.append(cls(record.graph.saved))
         return front
 
     def offer(self, block: Block) -> Offer | Refusal:
@@ -264,8 +263,7 @@ class SelectiveRecompute:
         if record.restore is not Restore.NONE:
             return Refusal("what the block saves already comes back in another way")
         graph = record.graph
-        saved = {s for s, is_saved in enumerate(graph.is_saved) if is_saved}
-        move = tuple(s for s in self.move if s in saved and s not in self.keep)
+        move = tuple(s for s in self.move if s in graph.saved and s not in self.keep)
         again = operations_again(graph, Point(self.keep, move))
         kept_bytes = sum(graph.num_bytes[s] for s in self.keep if s < len(graph.num_bytes))
         moved_bytes, handing_s = sum(graph.num_bytes[s] for s in move), HAND_OVER_S * len(move)
