@@ -12,6 +12,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack, issparse
 
+PATIENCE = 10.0  # times the limit
 _OUT_OF_TIME = 1  # what SciPy calls it
 
 
@@ -23,17 +24,19 @@ def solve(
     upper: np.ndarray,
     gap: float,
     limit_s: float,
+    patience: float = PATIENCE,
     constant: float = 0.0,
 ) -> np.ndarray | None:
     """The ``x`` with the least ``constant + cost @ x`` and ``0 <= x <= upper``; None where there is none.
 
-    ``gap``: how far from the best, relative to the whole cost with its constant, a solution may be.
+    ``gap``: how far from the best, relative to the whole cost with its constant, a solution may be. Where
+    none was found within ``limit_s``, ``patience`` times as long is spent.
     """
     constants = [
         LinearConstraint(_with_column(c.A), lb=c.lb, ub=c.ub)  # pyright: ignore[reportArgumentType]
         for c in constraints
     ]
-    for limit in (limit_s, 10 * limit_s):  # longer only where nothing was found in time
+    for limit in [limit_s] if patience <= 1 else [limit_s, patience * limit_s]:
         with _silent():
             answer: Any = milp(
                 np.append(cost, constant),

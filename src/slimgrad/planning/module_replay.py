@@ -130,7 +130,7 @@ def _repeated(graph: OperationGraph, stages: Stages, schedule: tuple[int, ...]) 
     return _Modules(graph, stages, schedule)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Copy:
     """A storage as one run made it."""
 
@@ -149,6 +149,9 @@ class _Modules:
         self.operations: list[list[int]] = [[] for _ in range(graph.num_stages)]
         for index in range(len(graph.operations)):
             self.operations[graph.stage_of(index)].append(index)
+        self.going: dict[int, list[int]] = {}  # operation -> the storages that go after it
+        for storage, index in enumerate(stages.gone_after):
+            self.going.setdefault(index, []).append(storage)
         self.saved: dict[int, dict[int, _Copy]] = {}
         self.inputs: dict[int, list[_Copy]] = {}
         self.last = max((a[2] for asked in stages.asked for a in asked), default=0)
@@ -213,29 +216,28 @@ class _Modules:
         wanted = {a[0] for a in self.stages.asked[stage]} if hold else set[int]()
         if hold:
             self.saved[stage] = {s: self._held(made[s]) for s in wanted if s in made}
-        inside: list[_Copy] = []
+        inside: dict[int, _Copy] = {}
+        operations, num_bytes = self.graph.operations, self.graph.num_bytes
+        self.ran += self.operations[stage]
         for index in self.operations[stage]:
-            _, _, writes = self.graph.operations[index]
-            self.ran.append(index)
-            for storage in writes:
+            for storage in operations[index][2]:
                 if storage not in made:
-                    copy = made[storage] = _Copy(storage, tick, 1)
-                    inside.append(copy)
-                    self.live += self.graph.num_bytes[storage]
+                    copy = made[storage] = inside[storage] = _Copy(storage, tick, 1)
+                    self.live += num_bytes[storage]
                     if storage in wanted:
                         self.saved[stage][storage] = self._held(copy)
             self.peak = max(self.peak, self.live)
-            for copy in [c for c in inside if self.stages.gone_after[c.number] == index]:
-                inside.remove(copy)
-                self._drop(copy)
+            for storage in self.going.get(index, ()):
+                if storage in inside:
+                    self._drop(inside.pop(storage))
         self.num_runs += 1
         returned = self.stages.outputs[stage]
         for copy in before:
             self._drop(copy)
-        for copy in inside:
+        for copy in inside.values():
             if copy.number not in returned:
                 self._drop(copy)
-        return [copy for copy in inside if copy.number in returned]
+        return [copy for copy in inside.values() if copy.number in returned]
 
     def _held(self, copy: _Copy) -> _Copy:
         copy.num_holders += 1

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_array, hstack
 
-from slimgrad.integer_programs import at_most, solve
+from slimgrad.integer_programs import PATIENCE, at_most, solve
 from slimgrad.planning.calls import Changes
 from slimgrad.planning.menu import Menu
 from slimgrad.planning.offers import Option, Scheme
@@ -74,25 +74,27 @@ class Programme:
         changes.extend(self.menu.changes(chosen))
         return self.layout.base_live + self.layout.live(changes), changes
 
-    def least_seconds(self, budget_bytes: int) -> Solution | None:
-        """The fastest choice whose replayed peak fits; None if there is none.
+    def least_seconds(self, budget_bytes: int, *, in_time: bool = False) -> Solution | None:
+        """The fastest choice whose replayed peak fits; None if there is none, or none was found ``in_time``.
 
         Where the replay finds more than the programme did, the programme is given that much less room.
         """
         room = budget_bytes
         for _ in range(_TIGHTENINGS):
-            found = self._solve(lambda slots, room=room: self._fit(slots, room), room)
+            found = self._solve(
+                lambda slots, room=room: self._fit(slots, room, in_time=in_time), room
+            )
             if found is None or found.peak_bytes <= budget_bytes:
                 return found and self._improved(found, budget_bytes)
             room -= found.peak_bytes - budget_bytes
         return None
 
     def least_peak(self) -> Solution:
-        """The choice with the lowest peak, and among those a fast one."""
+        """The choice with the lowest peak, made faster by local search."""
         lowest = self._solve(self._flatten, None)
         assert lowest is not None
         lowest = self._lowered(lowest)
-        return self.least_seconds(lowest.peak_bytes) or lowest
+        return self._improved(lowest, lowest.peak_bytes)
 
     # -- parts of choices: bounds, and the slots that bind --------------------------------------------
 
@@ -236,7 +238,9 @@ class Programme:
         spans = zip(self.edges[:-1], self.edges[1:], strict=True)
         return {int(a + live[a:b].argmax()) for a, b in spans if b > a}
 
-    def _fit(self, slots: list[int], budget_bytes: int, *, whole: bool = True) -> np.ndarray | None:
+    def _fit(
+        self, slots: list[int], budget_bytes: int, *, whole: bool = True, in_time: bool = False
+    ) -> np.ndarray | None:
         """Least seconds with the live bytes at ``slots`` within the budget."""
         num, scale = len(self.bundles), max(float(budget_bytes), 1.0)
         room = (budget_bytes - self.fixed[slots]) / scale
@@ -247,6 +251,7 @@ class Programme:
             upper=np.ones(num),
             gap=GAP,
             limit_s=_LIMIT_S,
+            patience=1 if in_time else PATIENCE,
             constant=self.scheme.seconds,
         )
         return None if answer is None else np.round(answer) if whole else answer

@@ -24,6 +24,7 @@ References: Chen et al., Training Deep Nets with Sublinear Memory Cost, algorith
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -71,10 +72,11 @@ def chain_of(graph: OperationGraph, keep: Sequence[int]) -> Chain:
             last[storage] = max(last.get(storage, stage), stage)
     for storage in dropped:
         saved[first[storage]] += graph.num_bytes[storage]
-    border = [
-        sum(graph.num_bytes[s] for s, made in first.items() if made < b <= last.get(s, made))
-        for b in range(graph.num_stages)
-    ]
+    entering = [0] * (graph.num_stages + 1)  # as differences from one border to the next
+    for storage, made in first.items():
+        entering[made + 1] += graph.num_bytes[storage]
+        entering[max(last.get(storage, made), made) + 1] -= graph.num_bytes[storage]
+    border = itertools.accumulate(entering[: graph.num_stages])
     return Chain(tuple(seconds), tuple(saved), tuple(border))
 
 
