@@ -28,8 +28,8 @@ One training step of each model, every contender in turns in one run of `slimgra
 ways to save memory that PyTorch has, slimgrad planned for budgets, and slimgrad planned for the peak that each peer was
 measured to need, to within a thousandth. A time is the median over rounds, as a ratio to plain training's in the same
 run; a peak is the most live bytes at any instant, as a ratio to plain training's. Against peers that compile nothing
-slimgrad compiles nothing. The machine has 2 cores that others use as well: times within some 5 % of each other are the
-same, and within 15 % where one thread ran beside other work (the rows of 28 November and later)."""
+slimgrad compiles nothing. The machine has 2 cores that others use as well; where some of slimgrad's plans are one and the
+same, how far apart their times were measured is said below each model: no smaller difference counts."""
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -43,7 +43,8 @@ def page(rows: Sequence[Row]) -> str:
 def _model(model: str, rows: Sequence[Row]) -> list[str]:
     plain = rows[0]
     facts = [f"plain: {format_bytes(plain.peak_bytes or 0)}, {format_seconds(plain.time_s or 0)}"]
-    facts += [str(plain.machine.get("processor", "")), f"torch {plain.machine.get('torch', '')}"]
+    facts += [str(plain.machine.get("processor", "")), _threads(plain)]
+    facts += [f"torch {plain.machine.get('torch', '')}"]
     facts += [f"commit {plain.machine.get('commit')}", plain.date or "", plain.note]
     parts = [f"## {model}", "; ".join(fact for fact in facts if fact) + "."]
     plans = [r for r in rows if r.kind == "slimgrad" and not r.contender.startswith("slimgrad@")]
@@ -83,7 +84,25 @@ def _model(model: str, rows: Sequence[Row]) -> list[str]:
             f"Measured against predicted, {found.num_plans} plans: peak {found.worst_peak:+.1%} at worst, time "
             f"{found.median_time:+.1%} in the median, {found.worst_time:+.1%} at worst."
         )
+    apart = _scatter(rows)
+    if apart is not None:
+        parts.append(f"Times of one and the same plan: up to {apart:.0%} apart.")
     return parts
+
+
+def _threads(row: Row) -> str:
+    num = row.machine.get("num_threads")
+    return "" if num is None else f"{num} thread{'s' if num > 1 else ''}"
+
+
+def _scatter(rows: Sequence[Row]) -> float | None:
+    """By how much the slowest time of a plan that was measured more than once is above the fastest, at most."""
+    times: dict[object, set[float]] = {}
+    for row in rows:
+        if row.is_measured and row.predicted_s is not None and row.time_s is not None:
+            same = row.peak_bytes, row.activations_bytes, row.predicted_s, tuple(row.methods)
+            times.setdefault(same, set()).add(row.time_s)
+    return max((max(t) / min(t) - 1 for t in times.values() if len(t) > 1), default=None)
 
 
 def _approximate(row: Row) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack, issparse
 
-PATIENCE = 10.0  # times the limit
+PATIENCE = 10.0
 _OUT_OF_TIME = 1  # what SciPy calls it
 
 
@@ -30,13 +30,13 @@ def solve(
     """The ``x`` with the least ``constant + cost @ x`` and ``0 <= x <= upper``; None where there is none.
 
     ``gap``: how far from the best, relative to the whole cost with its constant, a solution may be. Where
-    none was found within ``limit_s``, ``patience`` times as long is spent.
+    none was found within ``limit_s``, ``patience`` times as long is spent (1: no longer).
     """
     constants = [
         LinearConstraint(_with_column(c.A), lb=c.lb, ub=c.ub)  # pyright: ignore[reportArgumentType]
         for c in constraints
     ]
-    for limit in [limit_s] if patience <= 1 else [limit_s, patience * limit_s]:
+    for limit in dict.fromkeys((limit_s, patience * limit_s)):
         with _silent():
             answer: Any = milp(
                 np.append(cost, constant),

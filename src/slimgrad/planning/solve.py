@@ -74,15 +74,15 @@ class Programme:
         changes.extend(self.menu.changes(chosen))
         return self.layout.base_live + self.layout.live(changes), changes
 
-    def least_seconds(self, budget_bytes: int, *, in_time: bool = False) -> Solution | None:
-        """The fastest choice whose replayed peak fits; None if there is none, or none was found ``in_time``.
+    def least_seconds(self, budget_bytes: int, patience: float = PATIENCE) -> Solution | None:
+        """The fastest choice whose replayed peak fits; None if there is none, or ``patience`` ran out.
 
         Where the replay finds more than the programme did, the programme is given that much less room.
         """
         room = budget_bytes
         for _ in range(_TIGHTENINGS):
             found = self._solve(
-                lambda slots, room=room: self._fit(slots, room, in_time=in_time), room
+                lambda slots, room=room: self._fit(slots, room, patience=patience), room
             )
             if found is None or found.peak_bytes <= budget_bytes:
                 return found and self._improved(found, budget_bytes)
@@ -90,11 +90,20 @@ class Programme:
         return None
 
     def least_peak(self) -> Solution:
-        """The choice with the lowest peak, made faster by local search."""
-        lowest = self._solve(self._flatten, None)
-        assert lowest is not None
-        lowest = self._lowered(lowest)
-        return self._improved(lowest, lowest.peak_bytes)
+        """The choice with the lowest peak, and among those a fast one."""
+        return self.made_faster(self.lowest())
+
+    def lowest(self) -> Solution:
+        """The choice with the lowest peak, however long it takes."""
+        found = self._solve(self._flatten, None)
+        assert found is not None
+        return self._lowered(found)
+
+    def made_faster(self, lean: Solution) -> Solution:
+        """A fast choice whose peak is no higher than that of ``lean``: of local search, or of one short solve."""
+        improved = self._improved(lean, lean.peak_bytes)
+        solved = self.least_seconds(lean.peak_bytes, patience=1)
+        return solved if solved is not None and solved.seconds < improved.seconds else improved
 
     # -- parts of choices: bounds, and the slots that bind --------------------------------------------
 
@@ -239,7 +248,7 @@ class Programme:
         return {int(a + live[a:b].argmax()) for a, b in spans if b > a}
 
     def _fit(
-        self, slots: list[int], budget_bytes: int, *, whole: bool = True, in_time: bool = False
+        self, slots: list[int], budget_bytes: int, *, whole: bool = True, patience: float = PATIENCE
     ) -> np.ndarray | None:
         """Least seconds with the live bytes at ``slots`` within the budget."""
         num, scale = len(self.bundles), max(float(budget_bytes), 1.0)
@@ -251,7 +260,7 @@ class Programme:
             upper=np.ones(num),
             gap=GAP,
             limit_s=_LIMIT_S,
-            patience=1 if in_time else PATIENCE,
+            patience=patience,
             constant=self.scheme.seconds,
         )
         return None if answer is None else np.round(answer) if whole else answer

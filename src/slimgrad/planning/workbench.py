@@ -95,10 +95,9 @@ class Workbench:
                 programmes[order] = self.programme(found[order])
                 heapq.heappush(waiting, (programmes[order].relaxed_peak(), order))
                 continue
-            solution = programmes[order].least_peak()
+            solution = programmes[order].lowest()
             if best is None or solution.peak_bytes < best.peak_bytes:
                 best, leanest = solution, programmes[order]
         assert best is not None
         assert leanest is not None
-        faster = leanest.least_seconds(best.peak_bytes, in_time=True)
-        return faster if faster is not None and faster.seconds < best.seconds else best
+        return leanest.made_faster(best)
