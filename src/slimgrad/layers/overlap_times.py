@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from slimgrad.errors import UnsupportedError
 from slimgrad.layers.coupling import ReversibleBlock
 from slimgrad.measuring.machine import cores
 from slimgrad.measuring.randomness import kept_randomness
+from slimgrad.measuring.stopwatch import seconds_of
 
 _NOISE: Final = 0.05  # a gain below this is not told from none
 
@@ -96,17 +96,15 @@ def _in_turns(
     trial: Any, run: Callable[[], None], ways: Sequence[tuple[bool, int]], num_runs: int
 ) -> list[float]:
     """Median seconds of each way, after one run that is not counted."""
+    device = next((p.device for p in trial.parameters()), torch.device("cpu"))
     taken: list[list[float]] = [[] for _ in ways]
     for turn in range(num_runs + 1):
         for (overlap, num_threads), seconds in zip(ways, taken, strict=True):
             trial.overlap = overlap
             with _threads(num_threads):
-                _wait()
-                start = time.perf_counter()
-                run()
-                _wait()
+                took_s = seconds_of(run, device)
             if turn:
-                seconds.append(time.perf_counter() - start)
+                seconds.append(took_s)
     return [statistics.median(seconds) for seconds in taken]
 
 
@@ -121,11 +119,6 @@ def _threads(number: int) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def _leaf(value: Any) -> Any:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from slimgrad.measuring.randomness import kept_randomness
+from slimgrad.measuring.stopwatch import OtherData, seconds_of
 
 
 class TensorSpec(NamedTuple):
@@ -63,8 +64,6 @@ def op_key(func: Any, args: Any, kwargs: Any) -> OpKey:
     """The distinct operation that this call is an instance of."""
     return (func, (_freeze(args), tuple((k, _freeze(v)) for k, v in kwargs.items())))
 
-
-_CACHE_BYTES = 32 << 20  # at least what the last level of a processor's cache holds
 
 _VIEWS = frozenset(
     [
@@ -264,16 +263,8 @@ def _may_be_run(key: OpKey) -> bool:
     return whole or name_of(key) in _INDEXED
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _time(key: OpKey, deadline: float, others: Tensor | None) -> float:
-    """Seconds of an operation on what is not in the cache: between two runs ``others`` is written.
-
-    In a step weights and what was saved for backward were used long ago.
-    """
+def _time(key: OpKey, deadline: float, others: OtherData | None) -> float:
+    """Seconds of an operation, on what is not in the cache where ``others`` takes it."""
     func, (args, kwargs) = key
     real_args = [built(a) for a in args]
     real_kwargs = {k: built(v) for k, v in kwargs}
@@ -281,12 +272,8 @@ def _time(key: OpKey, deadline: float, others: Tensor | None) -> float:
     taken: list[float] = []
     for attempt in range(4):
         if others is not None:
-            others.add_(1)
-        _synchronize(device)
-        begin = time.perf_counter()
-        func(*real_args, **real_kwargs)
-        _synchronize(device)
-        taken.append(time.perf_counter() - begin)
+            others.use()
+        taken.append(seconds_of(lambda: func(*real_args, **real_kwargs), device))
         if attempt and (sum(taken) > 0.3 or time.perf_counter() > deadline):
             break
     return min(taken[1:] or taken)  # what others do on the machine only ever adds
@@ -303,7 +290,7 @@ def time_operations(
     flops = np.array([op_flops(key) for key in keys], dtype=np.float64)
     num_bytes = np.array([op_bytes(key) for key in keys], dtype=np.float64)
     deadline = time.perf_counter() + limit_s
-    others: dict[str, Tensor] = {}
+    others: dict[str, OtherData] = {}
     with kept_randomness(), torch.no_grad():
         for index in np.argsort(-(num_bytes + flops / 10)):
             key = keys[int(index)]
@@ -324,14 +311,14 @@ def time_operations(
     return seconds, rates
 
 
-def _others(key: OpKey, limit_bytes: int | None, made: dict[str, Tensor]) -> Tensor | None:
+def _others(key: OpKey, limit_bytes: int | None, made: dict[str, OtherData]) -> OtherData | None:
     """What fills the cache of the operation's device, made once; None where there is no memory for it."""
     device = next((s.device for s in _specs(key)), "cpu")
-    if limit_bytes is not None and _allocated_bytes(key) + _CACHE_BYTES > limit_bytes:
+    if limit_bytes is not None and _allocated_bytes(key) + OtherData.num_bytes > limit_bytes:
         made.pop(device, None)
         return None
     if device not in made:
-        made[device] = torch.zeros(_CACHE_BYTES, dtype=torch.int8, device=device)
+        made[device] = OtherData(device)
     return made[device]
 
 

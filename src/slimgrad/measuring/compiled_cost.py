@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,10 +19,9 @@ from slimgrad.measuring.buffers import Buffers
 from slimgrad.measuring.compiled_code import compiled
 from slimgrad.measuring.ledger import InsideCompiled
 from slimgrad.measuring.randomness import RandomState, kept_randomness
+from slimgrad.measuring.stopwatch import OtherData, in_turns, seconds_of
 from slimgrad.measuring.tracker import plain_tensors
 from slimgrad.method import CompiledCost
-
-_TIMINGS = 3
 
 
 @dataclass(frozen=True)
@@ -300,32 +300,26 @@ def _seconds(
     module: nn.Module, forwards: Sequence[Callable[..., Any]], inputs: Inputs
 ) -> list[tuple[float, float]]:
     """The least seconds of each forward pass and its backward, taken in turns."""
-    taken: list[list[tuple[float, float]]] = [[] for _ in forwards]
-    leaves = _leaves(module, inputs)
-    for _ in range(_TIMINGS):
-        for forward, times in zip(forwards, taken, strict=True):
-            with _kept(module):
-                times.append(_timed(forward, inputs, leaves))
+    leaves, others = _leaves(module, inputs), OtherData(inputs.device)
+
+    def timed(forward: Callable[..., Any]) -> tuple[float, float]:
+        with _kept(module):
+            return _timed(forward, inputs, leaves, others)
+
+    taken = in_turns([functools.partial(timed, forward) for forward in forwards])
     return [(min(t[0] for t in times), min(t[1] for t in times)) for times in taken]
 
 
 def _timed(
-    forward: Callable[..., Any], inputs: Inputs, leaves: list[Tensor]
+    forward: Callable[..., Any], inputs: Inputs, leaves: list[Tensor], others: OtherData
 ) -> tuple[float, float]:
-    _synchronize(inputs.device)
-    begin = time.perf_counter()
-    outs = _forward(forward, inputs)
-    _synchronize(inputs.device)
-    between = time.perf_counter()
-    gradients = torch.autograd.grad(
-        outs, leaves, [torch.ones_like(o) for o in outs], allow_unused=True
+    """Seconds of a forward pass and of its backward, each on what is not in the cache."""
+    outs: list[Tensor] = []
+    others.use()
+    forward_s = seconds_of(lambda: outs.extend(_forward(forward, inputs)), inputs.device)
+    ones = [torch.ones_like(o) for o in outs]
+    others.use()
+    backward_s = seconds_of(
+        lambda: torch.autograd.grad(outs, leaves, ones, allow_unused=True), inputs.device
     )
-    _synchronize(inputs.device)
-    end = time.perf_counter()
-    del gradients
-    return between - begin, end - between
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    return forward_s, backward_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from slimgrad.errors import UnsupportedError
 from slimgrad.host import LossFn, Share
 from slimgrad.measuring.randomness import RandomState
+from slimgrad.measuring.stopwatch import in_turns, seconds_of
 from slimgrad.measuring.trace import Trace, checked_loss, trace_step, untouched
+from slimgrad.measuring.tracker import device_of
 
-_TURNS = 3  # at least, and more of short steps
-_TURNS_S = 4.0
 _LOSS_CHANGE = 5e-3  # of its value, along the gradient that is checked
 
 
@@ -161,28 +162,13 @@ def _off_slope(
 
 def _seconds(model: nn.Module, losses: Sequence[LossFn], batch: Any) -> list[tuple[float, float]]:
     """The least seconds of each loss's forward and backward pass, taken in turns."""
-    taken: list[list[tuple[float, float]]] = [[] for _ in losses]
-    begin = time.perf_counter()
-    while len(taken[0]) < _TURNS or (
-        time.perf_counter() - begin < _TURNS_S and len(taken[0]) < 3 * _TURNS
-    ):
-        for loss_fn, times in zip(losses, taken, strict=True):
-            with untouched(model):
-                times.append(_timed(model, loss_fn, batch))
+    device = device_of(model)
+
+    def timed(loss_fn: LossFn) -> tuple[float, float]:
+        loss: list[Tensor] = []
+        with untouched(model):
+            forward_s = seconds_of(lambda: loss.append(loss_fn(model, batch)), device)
+            return forward_s, seconds_of(lambda: loss[0].backward(), device)
+
+    taken = in_turns([functools.partial(timed, loss_fn) for loss_fn in losses])
     return [min(times, key=sum) for times in taken]
-
-
-def _timed(model: nn.Module, loss_fn: LossFn, batch: Any) -> tuple[float, float]:
-    _synchronize()
-    begin = time.perf_counter()
-    loss = loss_fn(model, batch)
-    _synchronize()
-    between = time.perf_counter()
-    loss.backward()
-    _synchronize()
-    return between - begin, time.perf_counter() - between
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()

@@ -6,7 +6,7 @@ small real tensors, scaled. Seconds come from a real step on at most a million e
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from slimgrad.errors import UnsupportedError
 from slimgrad.measuring.ledger import Ledger
 from slimgrad.measuring.randomness import kept_randomness
+from slimgrad.measuring.stopwatch import seconds_of
 from slimgrad.optimizers import clone_for, is_elementwise, is_separable, step_parameter
 
 _SAMPLE = 1 << 20
@@ -179,11 +180,7 @@ def _seconds_per_element(optimizer: Optimizer, groups: list[list[Tensor]]) -> fl
         taken: list[float] = []
         for _ in range(4):
             p.grad = torch.full_like(p, 0.01)
-            begin = time.perf_counter()
-            step_parameter(twin, p)
-            if p.is_cuda:
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - begin)
+            taken.append(seconds_of(functools.partial(step_parameter, twin, p), p.device))
         return float(np.median(taken[1:])) / max(p.numel(), 1)
     except Exception:
         return 0.0

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from slimgrad import catalogue
 from slimgrad.host import Host
 from slimgrad.measuring.fake import is_fake
 from slimgrad.measuring.machine import free_bytes
 from slimgrad.measuring.profile import Setting
+from slimgrad.measuring.stopwatch import seconds_of
 from slimgrad.measuring.trace import Trace, checked_loss, untouched
 from slimgrad.method import Block, Method, Scope, hyperparameters, method_name
 
 _LEAST_S = 0.02  # passes that take less cannot be told from noise
-_ROUNDS, _MOST_ROUNDS = 3, 8
+_LEAST_ROUNDS, _ROUNDS, _MOST_ROUNDS = 2, 3, 8  # the first of them is not counted
 _SHARE = 0.5  # of the memory that is free, which the plain passes may take
 
 Variants = Mapping[tuple[Setting, ...], Trace]
@@ -79,7 +79,11 @@ def time_passes(
     plain = traces[()]
     planned = float(plain.op_seconds.sum())
     peak = plain.timeline().peak_bytes
-    if planned < _LEAST_S or planned * _ROUNDS > limit_s or not _fits(host, peak, limit_bytes):
+    if (
+        planned < _LEAST_S
+        or planned * _LEAST_ROUNDS > limit_s
+        or not _fits(host, peak, limit_bytes)
+    ):
         return
     ways = [_Way(methods, trace) for methods, trace in traces.items() if len(methods) <= 1]
     ways.sort(key=lambda way: (bool(way.methods), way.planned_s))
@@ -130,14 +134,14 @@ class _Way:
 
     def run(self, host: Host, batch: Any) -> None:
         with attached(host, map(method_of, self.methods)), untouched(host.model):
-            begin = time.perf_counter()
-            for share in host.split(batch):
-                loss = checked_loss(host.loss_fn(host.model, share.batch))
-                (loss if share.weight == 1 else loss * share.weight).backward()
-                del loss
-            if host.device.type == "cuda":
-                torch.cuda.synchronize(host.device)
-            self.taken.append(time.perf_counter() - begin)
+            self.taken.append(seconds_of(lambda: _passes(host, batch), host.device))
+
+
+def _passes(host: Host, batch: Any) -> None:
+    for share in host.split(batch):
+        loss = checked_loss(host.loss_fn(host.model, share.batch))
+        (loss if share.weight == 1 else loss * share.weight).backward()
+        del loss
 
 
 def _replaced_s(plain: Trace, trace: Trace) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -21,6 +20,7 @@ from slimgrad.measuring.fake import is_fake
 from slimgrad.measuring.machine import free_bytes
 from slimgrad.measuring.profile import Profile
 from slimgrad.measuring.randomness import RandomState
+from slimgrad.measuring.stopwatch import seconds_of
 from slimgrad.measuring.trace import checked_loss, untouched
 from slimgrad.method import Block, CodingCost, OperationGraph, Scope, Setting, Undo
 from slimgrad.methods.activations.coded_store import CodedStore
@@ -167,9 +167,9 @@ def _seconds(trial: _Trial, device: torch.device) -> tuple[float, float]:
     use = max(uses, key=lambda use: use.num_elements)
     sample, code = _sample(use, device), trial.store.code()
     code.encode(sample).decode()
-    spent = [_timed(lambda: code.encode(sample), device) for _ in range(_ROUNDS)]
+    spent = [seconds_of(lambda: code.encode(sample), device) for _ in range(_ROUNDS)]
     encoded = code.encode(sample)
-    back = [_timed(encoded.decode, device) for _ in range(_ROUNDS)]
+    back = [seconds_of(encoded.decode, device) for _ in range(_ROUNDS)]
     return median(spent) / sample.numel(), median(back) / sample.numel()
 
 
@@ -178,16 +178,6 @@ def _sample(use: Use, device: torch.device) -> Tensor:
     rows = max(1, min(use.num_elements, _SAMPLE_ELEMENTS) // row)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, row, generator=generator).to(device, use.torch_dtype)
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def largest_errors(costs: Costs) -> Sequence[tuple[Setting, float]]:

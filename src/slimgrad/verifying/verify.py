@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -15,6 +14,7 @@ from slimgrad.host import Host
 from slimgrad.measuring.machine import free_bytes
 from slimgrad.measuring.model_cache import switch_off_cache
 from slimgrad.measuring.randomness import RandomState
+from slimgrad.measuring.stopwatch import seconds_of
 from slimgrad.measuring.trace import checked_loss
 from slimgrad.optimizers import plain_step
 from slimgrad.types import Exactness
@@ -221,16 +221,8 @@ def _time_ratio(step: Step, batch: Any, pairs: int) -> float:
     with step.suspended():
         snapshot = Snapshot(host.model, host.optimizer)
     for _ in range(pairs):
-        slim_s.append(_timed(lambda: step(batch)))
+        slim_s.append(seconds_of(lambda: step(batch), host.device))
         with step.suspended():
-            plain_s.append(_timed(lambda: _plain_once(host, batch)))
+            plain_s.append(seconds_of(lambda: _plain_once(host, batch), host.device))
     restore(step, snapshot)
     return median(slim_s) / median(plain_s)
-
-
-def _timed(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
