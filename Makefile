@@ -64,6 +64,7 @@ check: $(VENV)/.dev ## Lint, types, generated pages up to date
 	$(BIN)/python tools/docs.py --check
 	$(BIN)/python tools/frontier.py --check
 	$(BIN)/python tools/codes.py --check
+	$(BIN)/python tools/methods.py --check
 
 format: $(VENV)/.dev ## Format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .
@@ -73,6 +74,7 @@ docs: $(VENV)/.dev ## Write the generated pages again
 	$(BIN)/python tools/docs.py
 	$(BIN)/python tools/frontier.py
 	$(BIN)/python tools/codes.py
+	$(BIN)/python tools/methods.py
 
 bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/budgets.py

@@ -7,7 +7,7 @@ from torch import nn
 
 from slimgrad.training import loop
 from slimgrad.training.job import JobSpec
-from slimgrad.training.loop import TrainRequest
+from slimgrad.training.loop import TrainRequest, TrainResult
 from slimgrad.types import Exactness
 
 
@@ -42,3 +42,11 @@ def test_what_codes_do_is_measured_where_the_rung_allows_codes(monkeypatch, exac
     with pytest.raises(MeasuringError) as asked:
         loop._planned(TrainRequest(JobSpec(), exactness=exactness), job, listener)
     assert asked.value.args == (wanted,)
+
+
+@pytest.mark.parametrize(("modules", "more"), [({}, 0), ({loop._COMPILER: None}, 128 << 20)])
+def test_the_compiler_may_be_resident_where_it_was_loaded(monkeypatch, modules, more):
+    monkeypatch.setattr(loop.sys, "modules", modules)
+    plan = SimpleNamespace(budget_bytes=1 << 30)
+    result = TrainResult(plan, [], 0, None, None, None)
+    assert result.resident_limit_bytes == (5 << 28) + more

@@ -178,7 +178,7 @@ class _Table:
                 start += 1
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)  # a table takes megabytes
 def _table(chain: Chain) -> _Table:
     return _Table(chain, _MOST * max(sum(chain.saved_bytes), 1) / _LEVELS)
 
