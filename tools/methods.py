@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import asked_to_check, is_current, out_of_date, table
+
 from slimgrad.types import format_bytes
 
 ROOT = Path(__file__).parents[1]
