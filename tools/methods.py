@@ -32,6 +32,7 @@ A model of SmolLM2-135M's shape, one sequence a batch, every parameter trained i
 
 
 def page(rows: Sequence[dict[str, Any]], longest: Sequence[dict[str, Any]]) -> str:
+    """The page: a section a kind, and the longest sequences."""
     parts = ["# Methods for your own code", NOTE, INTRODUCTION]
     for kind in dict.fromkeys(row["kind"] for row in rows):
         mine = [row for row in rows if row["kind"] == kind]
@@ -76,6 +77,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Write or check the page; returns the exit code."""
     check = asked_to_check(__doc__, arguments)
     text = page(_rows(ROWS), _rows(LONGEST))
     if check:
