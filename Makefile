@@ -65,6 +65,7 @@ check: $(VENV)/.dev ## Lint, types, generated pages up to date
 	$(BIN)/python tools/frontier.py --check
 	$(BIN)/python tools/codes.py --check
 	$(BIN)/python tools/methods.py --check
+	$(BIN)/python tools/adapters.py --check
 
 format: $(VENV)/.dev ## Format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .
@@ -75,12 +76,16 @@ docs: $(VENV)/.dev ## Write the generated pages again
 	$(BIN)/python tools/frontier.py
 	$(BIN)/python tools/codes.py
 	$(BIN)/python tools/methods.py
+	$(BIN)/python tools/adapters.py
 
 bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/budgets.py
 	$(BIN)/python benchmarks/activations.py
 	$(BIN)/python benchmarks/approximate.py
 	$(BIN)/python benchmarks/finetuning.py
+	$(BIN)/python benchmarks/adapters.py --ways lora,meft,full,low_memory_bp,velora --steps 24
+	$(BIN)/python benchmarks/adapters.py --ways lora,lemo,random --window 1024 --steps 12
+	$(BIN)/python benchmarks/adapters.py --ways low_memory_bp,meft,full --window 1024 --steps 2
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/longest.py
 	$(BIN)/slimgrad bench frontier --device cpu --out runs/frontier $(BENCH_OPTIONS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,22 @@ from typing import Any
 from slimgrad.measuring.machine import this_machine
 
 
-def write_rows(path: Path, groups: Iterable[Iterable[Mapping[str, Any]]]) -> None:
-    """Write every row of every group; what is there already is written again after each group."""
+def write_rows(
+    path: Path, groups: Iterable[Iterable[Mapping[str, Any]]], key: Sequence[str] = ()
+) -> None:
+    """Write every row of every group; what is there already is written again after each group.
+
+    With ``key``, rows of an earlier run stay unless a new one has the same values of these fields.
+    """
     machine, day = asdict(this_machine()), datetime.date.today().isoformat()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
+    rows: list[Mapping[str, Any]] = []
+    if key and path.exists():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
     for group in groups:
-        lines += [
-            json.dumps({**row, "machine": machine, "date": day}, default=str) for row in group
-        ]
-        path.write_text("\n".join(lines) + "\n")
+        new = [{**row, "machine": machine, "date": day} for row in group]
+        if key:
+            told = [[row[k] for k in key] for row in new]
+            rows = [row for row in rows if [row[k] for k in key] not in told]
+        rows += new
+        path.write_text("\n".join(json.dumps(row, default=str) for row in rows) + "\n")

@@ -106,6 +106,15 @@ def test_the_page_of_codes_says_what_its_rows_say():
     assert made.page(rows) != made.PAGE.read_text(encoding="utf-8")
 
 
+def test_the_page_of_adapters_says_what_its_rows_say():
+    made = generator("adapters")
+    rows = [json.loads(line) for line in made.ROWS.read_text(encoding="utf-8").splitlines()]
+    assert made.page(rows) == made.PAGE.read_text(encoding="utf-8")
+    row = next(r for r in rows if r["way"] == "meft")
+    row["activation_bytes"] *= 2
+    assert made.page(rows) != made.PAGE.read_text(encoding="utf-8")
+
+
 def test_the_page_of_the_frontier_says_what_its_rows_say():
     made = generator("frontier")
     rows = load_rows(made.ROWS)

@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from slimgrad import Ledger
+from slimgrad import Ledger, measure
 from slimgrad.errors import LoadError, UnsupportedError
+from slimgrad.host import Host
 from slimgrad.layers.memory_sharing_norm import faint_channels, memory_sharing_norm
 from slimgrad.measuring.fake import faked
+from slimgrad.method import Block, Scope
+from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
+from slimgrad.planning.settings import block_record, layout_of, model_record
 from slimgrad.training.models import load_model
 from slimgrad.types import Column
 
@@ -290,6 +294,29 @@ def test_pretrained_minilm_has_the_same_gradients():
     expected = model_gradients(model, batch["input_ids"])
     memory_sharing_norm(model)
     assert relative(model_gradients(model, batch["input_ids"]), expected) < 1e-12
+
+
+def test_storages_have_the_numbers_that_were_found_on_fakes():
+    """A schedule that keeps all that was found to be saved lets nothing go."""
+    model, ids = llama(2, torch.float32), torch.zeros(2, 16, dtype=torch.int64)
+    model.config.use_cache = False  # a cache holds some of the tensors besides
+    memory_sharing_norm(model)
+
+    def loss_fn(model, ids):
+        return model(input_ids=ids, labels=ids).loss
+
+    def held():
+        with Ledger(model, inputs=ids) as ledger:
+            loss_fn(model, ids).backward()
+        return ledger.columns[Column.ACTIVATIONS]
+
+    profile, plain = measure(model, None, loss_fn, ids, allow_compile=False), held()
+    layout, whole = layout_of(profile, profile.variants[()]), model_record(profile, 1, None)
+    host = Host(model, None, loss_fn)
+    for path, block in layout.blocks.items():
+        record = block_record(profile, layout, block, model=whole)
+        SelectiveRecompute(record.graph.saved).attach(Block(path, Scope.BLOCK, host=host))
+    assert held() == plain
 
 
 def test_nothing_is_recorded_without_gradients_and_fakes_run():

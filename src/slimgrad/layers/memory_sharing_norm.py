@@ -11,7 +11,8 @@ Exactness: exact: outputs are the same bits, gradients the same up to rounding. 
 Limits: a norm whose output nobody else keeps (dropout or another norm follows) saves nothing, and costs a little where
     its input is kept by others too. Under autocast linear layers keep a copy in the lower precision, which is not
     shared. The next layer may not write into the norm's output. No second derivatives. On CUDA, the weights are looked
-    at in each forward pass, for channels to keep. Models without any such norm raise ``UnsupportedError``.
+    at in each forward pass, for channels to keep. Models without any such norm raise ``UnsupportedError``. Norms that keep channels
+    make storages that a trace on fakes does not see: attach no codes or plan to blocks with such norms.
 References: Yang et al. (2024), memory-sharing backpropagation (MS-LayerNorm, MS-RMSNorm). *departs:* the paper merges w and b into
     the linear layers after the norm and trains without them; here weights stay as they are, and are divided out in
     backward: the model's function, its parameters and its checkpoints are what they were, and it also works where
@@ -29,6 +30,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from slimgrad.errors import UnsupportedError
 from slimgrad.layers.replaced_forward import replace_forward
@@ -64,12 +66,13 @@ def faint_channels(weight_D: Tensor, bias_D: Tensor | None) -> Tensor | None:
     """Indices of the channels whose z is not told by the output; None where there are none (fakes have none)."""
     if is_fake(weight_D):
         return None
-    size = weight_D.detach().flatten().abs()
-    is_clear = size >= torch.finfo(weight_D.dtype).tiny * 2**10
-    if bias_D is not None:
-        is_clear &= bias_D.detach().flatten().abs() <= _MOST_BIAS * size
-    faint_I = (~is_clear).nonzero().flatten()
-    return faint_I if faint_I.numel() else None
+    with _disable_current_modes():  # a real pass makes the storages, in order, that a fake one made
+        size = weight_D.detach().flatten().abs()
+        is_clear = size >= torch.finfo(weight_D.dtype).tiny * 2**10
+        if bias_D is not None:
+            is_clear &= bias_D.detach().flatten().abs() <= _MOST_BIAS * size
+        faint_I = (~is_clear).nonzero().flatten()
+    return faint_I.clone() if faint_I.numel() else None  # seen by who counts bytes
 
 
 def _scales(x_ND: Tensor, norm: _Norm, eps: float) -> tuple[Tensor | None, Tensor]:
