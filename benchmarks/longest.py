@@ -120,7 +120,8 @@ def main() -> None:
     chosen = parser.parse_args()
     budget = Budget.parse(chosen.budget).bytes
     assert budget is not None, "expected bytes"
-    write_rows(chosen.out, (bench(name, budget) for name in chosen.optimizers.split(",")))
+    groups = (bench(name, budget) for name in chosen.optimizers.split(","))
+    write_rows(chosen.out, groups, key=("optimizer",))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    write_rows(chosen.out, (bench(kind, chosen.rounds) for kind in chosen.kinds.split(",")))
+    groups = (bench(kind, chosen.rounds) for kind in chosen.kinds.split(","))
+    write_rows(chosen.out, groups, key=("kind",))
 
 
 if __name__ == "__main__":

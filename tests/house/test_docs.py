@@ -122,3 +122,14 @@ def test_the_page_of_the_frontier_says_what_its_rows_say():
     plan = next(r for r in rows if r.contender.startswith("slimgrad@") and r.error is None)
     plan.time_s *= 2
     assert made.page(rows) != made.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_of_methods_for_your_own_code_says_what_its_rows_say():
+    made = generator("methods")
+    rows, longest = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in (made.ROWS, made.LONGEST)
+    )
+    assert made.page(rows, longest) == made.PAGE.read_text(encoding="utf-8")
+    rows[-1]["peak_bytes"] *= 2
+    assert made.page(rows, longest) != made.PAGE.read_text(encoding="utf-8")

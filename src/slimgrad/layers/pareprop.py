@@ -8,8 +8,8 @@ Memory: activations are those of the chain in order, and one function's more, wh
     everything, where there is a free core or device for the second thread.
 Exactness: exact: bit-equal to the chain's gradients in order, which are autograd's at the reconstructed streams.
 Limits: on one core there is no gain, and it is never chosen: 12 blocks of attention and feed-forward network of width 128
-    on 8 x 128 tokens took 1.01 times as long, 16 blocks of feed-forward networks 1.09 times (one core of an AMD EPYC,
-    torch 2.13, 2026-11-28; benchmarks/results/methods.jsonl). No gain was measured yet where cores are free. Passes in
+    on 8 x 128 tokens took 1.01 times as long (one core of an AMD EPYC, torch 2.13, 2026-11-28; docs/own_code.md has
+    another chain). No gain was measured yet where cores are free. Passes in
     order are timed with twice the threads too, so that two threads are compared with two. On CUDA both threads launch
     their kernels into one stream, which runs them in order. Blocks that cannot be copied are refused.
 References: Zhu and Mangalam, PaReprop: Fast Parallelized Reversible Backpropagation, abstract (recomputation in parallel
