@@ -145,7 +145,7 @@ def main() -> None:
     shares = [float(share) for share in chosen.shares.split(",")]
     asked = shares, chosen.error, chosen.rounds, chosen.autocast
     groups = (bench(name, *asked) for name in chosen.models.split(","))
-    write_rows(chosen.out, groups, by=("model",))
+    write_rows(chosen.out, groups, key=("model",))
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def main() -> None:
     stores = {name for name in asked.stores.split(",") if name}
     tasks = (task(name, asked.steps) for name in asked.tasks.split(","))
     rows = (row for chosen in tasks for row in rows_of(chosen, stores, asked.seeds))
-    write_rows(asked.out, ([row] for row in rows), by=("model", "store", "setting", "seed"))
+    write_rows(asked.out, ([row] for row in rows), key=("model", "store", "setting", "seed"))
 
 
 if __name__ == "__main__":

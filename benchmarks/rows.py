@@ -13,21 +13,21 @@ from slimgrad.measuring.machine import this_machine
 
 
 def write_rows(
-    path: Path, groups: Iterable[Iterable[Mapping[str, Any]]], by: Sequence[str] = ()
+    path: Path, groups: Iterable[Iterable[Mapping[str, Any]]], key: Sequence[str] = ()
 ) -> None:
     """Write every row of every group; what is there already is written again after each group.
 
-    Rows that the file had before stay where no new row agrees with them in all of ``by``; without ``by`` none stays.
+    With ``key``, rows of an earlier run stay unless a new one has the same values of these fields.
     """
     machine, day = asdict(this_machine()), datetime.date.today().isoformat()
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_kept = by and path.exists()
-    before: list[dict[str, Any]] = [json.loads(x) for x in path.open()] if is_kept else []
-    rows: list[dict[str, Any]] = []
+    rows: list[Mapping[str, Any]] = []
+    if key and path.exists():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
     for group in groups:
-        made = [{**row, "machine": machine, "date": day} for row in group]
-        replaced = [[row.get(name) for name in by] for row in made]
-        before = [row for row in before if [row.get(name) for name in by] not in replaced]
-        rows += made
-        text = "\n".join(json.dumps(row, default=str) for row in before + rows)
-        path.write_text(text + "\n")
+        new = [{**row, "machine": machine, "date": day} for row in group]
+        if key:
+            told = [[row[k] for k in key] for row in new]
+            rows = [row for row in rows if [row[k] for k in key] not in told]
+        rows += new
+        path.write_text("\n".join(json.dumps(row, default=str) for row in rows) + "\n")
