@@ -79,6 +79,7 @@ bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/activations.py
 	$(BIN)/python benchmarks/approximate.py
 	$(BIN)/python benchmarks/finetuning.py
+	$(BIN)/python benchmarks/topics.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/longest.py
 	$(BIN)/slimgrad bench frontier --device cpu --out runs/frontier $(BENCH_OPTIONS)

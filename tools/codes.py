@@ -1,4 +1,6 @@
-"""Write docs/codes.md from the rows of benchmarks/finetuning.py: ``python tools/codes.py [--check]``.
+"""Write docs/codes.md from the rows of two benchmarks: ``python tools/codes.py [--check]``.
+
+They are benchmarks/finetuning.py's, and those of benchmarks/topics.py in a section of their own (tools/topics_section.py).
 
 With ``--check`` nothing is written: the exit code is 1 if the page differs from what would be written.
 """
@@ -13,13 +15,15 @@ from statistics import mean, stdev
 from typing import Any
 
 from pages import asked_to_check, is_current, out_of_date, table
+from topics_section import section
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "finetuning.jsonl"
 PAGE = ROOT / "docs" / "codes.md"
 LAST = 10  # steps whose losses are averaged as the final one
 NOTE = (
-    "<!-- Written by tools/codes.py from benchmarks/results/finetuning.jsonl: run `make docs`. -->"
+    "<!-- Written by tools/codes.py from finetuning.jsonl and topics.jsonl of benchmarks/results: "
+    "run `make docs`. -->"
 )
 INTRODUCTION = """\
 What training loses when every block keeps all that a store suits as codes, at one setting and with no regard to a bound
@@ -64,6 +68,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         parts += _model(model, [row for row in rows if row["model"] == model])
     header = ("store", "its paper's claim", "why it differs here")
     parts += ["## Claims", table(header, [(f"`{n}`", *told) for n, told in CLAIMS.items()])]
+    parts += section()
     return "\n\n".join(parts) + "\n"
 
 
