@@ -28,11 +28,12 @@ def section() -> list[str]:
     ways: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         ways.setdefault(row["way"], []).append(row)
+    ways = dict(sorted(ways.items(), key=lambda item: -item[1][0]["trained_parameters"]))
     full = {row["seed"]: row["accuracy"] for row in ways["full"]}
     first = ways["full"][0]
     facts = f"{len(full)} seeds, {first['steps']} steps; {first['machine']['processor']}; {first['date']}."
     header = ("way", "rate", "trained", "activations", "peak", "loss", "accuracy", "above full")
-    cells = [_cells(way, ways[way], full) for way in ("full", "meft", "sparse", "head")]
+    cells = [_cells(way, ways[way], full) for way in ways]
     return ["## minilm in part", INTRODUCTION, facts, table(header, cells)]
 
 
