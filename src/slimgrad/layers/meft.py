@@ -15,8 +15,8 @@ Exactness: different: the function is near the pretrained one, not the same (Min
     in a chain need larger scales, which start farther away.
 Limits: accuracy is not full tuning's in as few steps: MiniLM on eight topics of documentation, 120 steps, three seeds:
     64.8 %, everything 68.1 %, the head alone 67.2 %. Models with a list of BERT-like or Llama-like layers; no key-value
-    cache, cross-attention or chunked feed-forward. The names of layers' parameters change while it is converted. A new head is frozen with the
-    rest: set its ``requires_grad`` afterwards. Forward passes without gradients, and those of plain autograd, are not
+    cache, cross-attention or chunked feed-forward. The names of layers' parameters change while it is converted. A new
+    head is frozen with the rest: set its ``requires_grad`` afterwards. Forward passes without gradients, and those of plain autograd, are not
     on the grid: they differ in float32's rounding.
 References: Liao et al., Make Pre-trained Model Reversible, section 3 and figure 4, and its scripts for the scales.
     *departs:* scales are powers of two, and smaller than the paper's 0.1, to start nearer; streams are wide; the
