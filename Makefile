@@ -86,6 +86,7 @@ bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/adapters.py --ways lora,meft,full,low_memory_bp,velora --steps 24
 	$(BIN)/python benchmarks/adapters.py --ways lora,lemo,random --window 1024 --steps 12
 	$(BIN)/python benchmarks/adapters.py --ways low_memory_bp,meft,full --window 1024 --steps 2
+	$(BIN)/python benchmarks/topics.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/longest.py
 	$(BIN)/slimgrad bench frontier --device cpu --out runs/frontier $(BENCH_OPTIONS)

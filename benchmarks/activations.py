@@ -84,12 +84,18 @@ def as_plan(made: Subject, plan: slimgrad.Plan, name: str) -> Contender:
 
 
 def activations_alone(profile: slimgrad.Profile) -> slimgrad.Profile:
-    """The profile of a step in which nothing but activations takes memory: budgets then bound those alone."""
-    order = list(Column).index(Column.ACTIVATIONS)
-    variants = {
-        settings: replace(trace, nbytes=np.where(trace.column == order, trace.nbytes, 0))
-        for settings, trace in profile.variants.items()
-    }
+    """The profile of a step in which nothing but activations takes memory: budgets then bound those alone.
+
+    What blocks make in forward and let go keeps its size, as a plan may keep it in place of what is saved.
+    """
+    activation, temporary = map(list(Column).index, (Column.ACTIVATIONS, Column.TEMPORARIES))
+    variants = {}
+    for settings, trace in profile.variants.items():
+        counts = trace.column == activation
+        for call in trace.calls:
+            is_inside = (trace.birth > call.forward_from) & (trace.birth <= call.forward_to)
+            counts |= is_inside & (trace.column == temporary)
+        variants[settings] = replace(trace, nbytes=np.where(counts, trace.nbytes, 0))
     return replace(profile, variants=variants, weight_bytes=0)
 
 

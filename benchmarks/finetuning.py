@@ -7,7 +7,7 @@ parameter, to tell from 32 tokens which of eight topics of Python's documentatio
 store and each seed: initial weights, order of batches and random draws are exact training's; what the store suits is
 kept as codes in every block. Written down: the loss of every step, the accuracy on what was not trained on, the bytes
 of the ledger's activations, the relative L2 error of the first gradient, and what ``measure(sensitivity=True)`` says
-that it would be.
+that it would be. Rows of other tasks, stores, settings and seeds stay in the file.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def main() -> None:
     stores = {name for name in asked.stores.split(",") if name}
     tasks = (task(name, asked.steps) for name in asked.tasks.split(","))
     rows = (row for chosen in tasks for row in rows_of(chosen, stores, asked.seeds))
-    write_rows(asked.out, ([row] for row in rows))
+    write_rows(asked.out, ([row] for row in rows), key=("model", "store", "setting", "seed"))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,21 @@ def test_channels_are_cut_into_heads_elsewhere():
         assert (back - part).abs().max() <= (part.amax() - part.amin()) / 510 * 1.001
 
 
+def test_without_heads_the_tensor_says_how_many_ranges_it_has():
+    code = HeadRangesCode(0, 4)
+    for size, ranges in [((2, 3, 5, 4), 3), ((12,), 1), ((5, 8), 2), ((5, 6), 1), ((2, 5, 16), 4)]:
+        x = torch.randn(size)  # each time of another number of ranges, which begin anew
+        encoded = code.encode(x)
+        assert encoded.ranges.shape == (2, ranges)
+        assert encoded.num_bytes == x.numel() + 8 * ranges
+        assert (encoded.decode() - x).abs().max() <= (x.max() - x.min()) / 254
+    for size in [(5, 12), (5, 6), (2, 5, 8)]:
+        x = torch.randn(size)
+        assert code.encode(x).num_bytes == code.num_bytes(use_of(x))
+    x = torch.randn(5, 12)
+    assert HeadRangesCode(0).encode(x).num_bytes == x.numel() + 8
+
+
 def test_dense_tensors_in_any_order_of_dimensions():
     x = heads_apart()
     y = (
@@ -131,3 +146,5 @@ def test_what_does_not_fit_is_refused():
         HeadRangesCode(5).encode(torch.randn(2, 6))
     with pytest.raises(MethodError, match="momentum"):
         HeadRangesCode(momentum=1.0)
+    with pytest.raises(MethodError, match="group_size at least 0"):
+        HeadRangesCode(0, -1)

@@ -6,7 +6,8 @@ Formula: of each head, the least element ``b`` and the width ``r`` of the range 
 Memory: a byte an element and two numbers a head; in float32, those in force when the tensor was encoded.
 Exactness: approximate: what lies outside of the running range is clipped to it, so that stochastic rounding is unbiased
     only within.
-Limits: the number of channels is a multiple of ``heads``.
+Limits: the number of channels is a multiple of ``heads``. A tensor with another number of ranges than the one before
+    begins anew: nothing is remembered of those.
 References: Pan et al., Mesa, arXiv 2111.11124: head-wise quantisation, and running estimates of the ranges with momentum
     0.9; stochastic rounding. *departs:* a tensor keeps the range that it was encoded with, so that later updates of the
     place's range do not change what is decoded; both moves are of at least float32.
@@ -36,10 +37,13 @@ class HeadRangesCode:
 
     A tensor of shape ``(batch, heads, tokens, size)`` has one for each entry of its second dimension where that is
     ``heads``; every other tensor has one for each of ``heads`` equal groups of its last dimension (1: for the layer).
+    Where ``heads`` is 0 the tensor says how many: the size of the second dimension of four, otherwise as many as there
+    are groups of ``group_size`` in the last one, where those fill it (else, or with ``group_size`` 0: one).
     The ranges are the state of the place that this code belongs to.
     """
 
     heads: int = 1
+    group_size: int = 0
     momentum: float = 0.9
     stochastic: bool = True
     seed: int = 0
@@ -47,10 +51,10 @@ class HeadRangesCode:
     _ranges: list[Tensor] = field(default_factory=list[Tensor], init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.heads < 0 or not 0 <= self.momentum < 1:
+        if min(self.heads, self.group_size) < 0 or not 0 <= self.momentum < 1:
             raise MethodError(
-                "expected heads at least 0 and momentum in [0, 1), "
-                f"found {self.heads} and {self.momentum}"
+                "expected heads and group_size at least 0 and momentum in [0, 1), "
+                f"found {self.heads}, {self.group_size} and {self.momentum}"
             )
         object.__setattr__(self, "draws", Draws(self.seed))
 
@@ -64,7 +68,7 @@ class HeadRangesCode:
         """The codes of ``tensor``. Raises UnsupportedError for other dtypes, or channels that heads do not divide."""
         if not tensor.dtype.is_floating_point:
             raise UnsupportedError(f"expected a floating-point tensor, found {tensor.dtype}")
-        form, heads = Form.of(tensor), self.heads or (tensor.shape[1] if tensor.dim() == 4 else 1)
+        form, heads = Form.of(tensor), self.heads or self._heads_of(tensor)
         codes = torch.empty_strided(form.size, form.stride, dtype=torch.uint8, device=form.device)
         x_BHT, codes_BHT = by_heads(tensor.detach(), heads), by_heads(codes, heads)
         dtype = reckoned_in(tensor.dtype)
@@ -86,15 +90,27 @@ class HeadRangesCode:
         return HeadRangesEncoded(codes, ranges_2H, form, heads)
 
     def num_bytes(self, use: Use) -> int:
-        """Bytes of codes and ranges; of those of one range where ``heads`` is 0."""
-        return use.num_elements + 2 * max(self.heads, 1) * reckoned_in(use.torch_dtype).itemsize
+        """Bytes of codes and ranges; where ``heads`` is 0, of those that a tensor of rows as they were made has."""
+        heads = self.heads or self._groups_in(use.row)
+        return use.num_elements + 2 * heads * reckoned_in(use.torch_dtype).itemsize
+
+    def _heads_of(self, tensor: Tensor) -> int:
+        if tensor.dim() == 4:
+            return tensor.shape[1]
+        return self._groups_in(tensor.shape[-1]) if tensor.dim() > 1 else 1
+
+    def _groups_in(self, channels: int) -> int:
+        fits = self.group_size and channels and not channels % self.group_size
+        return channels // self.group_size if fits else 1
 
     def _moved(self, x_BHT: Tensor) -> Tensor:
         others = [place for place in range(x_BHT.dim()) if place != 1]
         low_H, high_H = x_BHT.amin(others), x_BHT.amax(others)
         seen_2H = torch.stack((low_H, high_H)).to(reckoned_in(x_BHT.dtype))
         seen_2H[1].sub_(seen_2H[0])
-        return seen_2H if self.ranges is None else self.ranges.lerp(seen_2H, 1 - self.momentum)
+        if self.ranges is None or self.ranges.shape != seen_2H.shape:
+            return seen_2H
+        return self.ranges.lerp(seen_2H, 1 - self.momentum)
 
 
 @dataclass(frozen=True)

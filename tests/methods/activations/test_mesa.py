@@ -7,7 +7,9 @@ import functools
 import pytest
 import torch
 from tests.methods.activations.coded_mlp import (
+    HIDDEN,
     NUM_BLOCKS,
+    WIDTH,
     attached,
     freed_bytes,
     made,
@@ -26,13 +28,15 @@ def record() -> Record:
     return records()["1"]
 
 
-def test_a_byte_an_element_and_a_range_a_tensor_stay() -> None:
+def test_a_byte_an_element_and_a_range_a_group_stay() -> None:
     store, changed = Mesa().on(record()), offered(record(), Mesa().on(record()))
     graph = record().graph
     assert graph is not None
     covered = sum(graph.num_bytes[s] for s in store.storages)
     predicted = sum(c.num_bytes for c in changed.coded)
-    assert predicted == covered // 4 + 8 * len(store.storages)
+    rows = [graph.uses[s].row for s in store.storages]  # type: ignore[union-attr]
+    assert sorted(rows) == [WIDTH, HIDDEN, HIDDEN]
+    assert predicted == covered // 4 + 8 * sum(row // Mesa().group_size for row in rows)
     assert freed_bytes(record(), Mesa()) == NUM_BLOCKS * (covered - predicted)
 
 
@@ -61,7 +65,22 @@ def test_heads_have_ranges_of_their_own_that_move_slowly() -> None:
         assert wide[:, head].max() < 1.6 * x_BHTD[:, head].max()
 
 
+def test_groups_of_channels_have_ranges_of_their_own() -> None:
+    x_ND = torch.randn(64, 128)
+    x_ND[:, 7] *= 100  # as the inputs of a language model's norms have some channels
+    off = {
+        size: (Mesa(group_size=size).code().encode(x_ND).decode() - x_ND)[:, 32:].norm()
+        for size in (0, 32)
+    }
+    assert off[32] < 0.05 * off[0]
+
+
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])
 def test_other_momenta_are_refused(momentum: float) -> None:
     with pytest.raises(MethodError, match="momentum must be in"):
         Mesa(momentum=momentum)
+
+
+def test_groups_of_no_size_are_refused() -> None:
+    with pytest.raises(MethodError, match="group_size must be at least 0"):
+        Mesa(group_size=-1)
