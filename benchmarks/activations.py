@@ -151,7 +151,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    write_rows(chosen.out, (bench(name, chosen.rounds) for name in chosen.models.split(",")))
+    groups = (bench(name, chosen.rounds) for name in chosen.models.split(","))
+    write_rows(chosen.out, groups, key=("model",))
 
 
 if __name__ == "__main__":
