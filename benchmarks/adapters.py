@@ -108,7 +108,7 @@ def low_memory_bp(model: Any, batches: TokenBlocks, seed: int) -> Loss:
 def lemo(model: Any, batches: TokenBlocks, seed: int) -> Loss:
     add_lora(model, model.model.layers)
     method = LeMo(model, STAGES, seed=seed)
-    recalls = method.fit([{"input_ids": next(batches)["input_ids"]} for _ in range(5)])
+    recalls = method.fit([{"input_ids": next(batches)["input_ids"]} for _ in range(12)])
     print(f"  recall {recalls}", flush=True)
     return lambda m, batch: method.loss(m(input_ids=batch["input_ids"]).logits, batch["labels"])
 

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from slimgrad.errors import MethodError, UnsupportedError
 from slimgrad.layers.replaced_forward import replace_forward
-from slimgrad.layers.token_predictor import Predictor, recall, received_attention
+from slimgrad.layers.token_predictor import Predictor, beside_position, recall, received_attention
 from slimgrad.method import Paper, Undo, component
 from slimgrad.types import Column, Exactness
 
@@ -230,7 +230,8 @@ class LeMo:
         seen = [received_attention(self.model, self.layers, wanted, batch) for batch in batches]
         recalls: dict[int, float] = {}
         for number in wanted:
-            inputs, scores = zip(*(found[number] for found in seen), strict=True)
+            inputs, shares = zip(*(found[number] for found in seen), strict=True)
+            scores = beside_position(shares)
             predictor = Predictor(inputs[0].shape[-1], self.width, number).to(inputs[0])
             predictor.fit(inputs[:-1], scores[:-1], num_steps, lr)
             self.predictors[number] = predictor

@@ -56,6 +56,18 @@ def attention_shares(weights_NHTT: Tensor) -> Tensor:
     return (got_NT / even_T.flip(0).cumsum(0).flip(0) + _LEAST).log()
 
 
+def beside_position(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Scores (N, T) less the mean of all those at the same position, so that no place in a text is preferred."""
+    longest = max(score_NT.shape[1] for score_NT in scores)
+    total_T, num_T = torch.zeros(longest), torch.zeros(longest)
+    for score_NT in scores:
+        num_tokens = score_NT.shape[1]
+        total_T[:num_tokens] += score_NT.float().sum(0).cpu()
+        num_T[:num_tokens] += len(score_NT)
+    mean_T = (total_T / num_T.clamp(min=1)).to(scores[0].device)
+    return [score_NT - mean_T[: score_NT.shape[1]] for score_NT in scores]
+
+
 def recall(index_NK: Tensor, scores_NT: Tensor) -> float:
     """The share of the K highest scores that ``index_NK`` holds."""
     best_NK = scores_NT.topk(index_NK.shape[1], dim=1).indices
