@@ -8,7 +8,7 @@ from torch import nn
 from slimgrad import Ledger
 from slimgrad.errors import MethodError, UnsupportedError
 from slimgrad.layers.lemo import LeMo, picked
-from slimgrad.layers.token_predictor import attention_shares, recall
+from slimgrad.layers.token_predictor import attention_shares, beside_position, recall
 from slimgrad.types import Column
 
 transformers = pytest.importorskip("transformers")
@@ -221,3 +221,13 @@ def test_what_it_refuses():
         lemo.fit([{"input_ids": ids_of()}])
     with pytest.raises(UnsupportedError, match="logits of all tokens"):
         lemo.loss(torch.randn(3, 5, 128), ids_of())
+
+
+def test_no_place_in_a_text_is_preferred():
+    by_place, texts = torch.arange(6.0), [torch.randn(3, 6), torch.randn(2, 4)]
+    found = beside_position([score + 10 * by_place[: score.shape[1]] for score in texts])
+    assert torch.cat([score[:, :4] for score in found]).mean(0).abs().max() < 1e-5
+    assert found[0][:, 4:].mean(0).abs().max() < 1e-5
+    for score, original in zip(found, texts, strict=True):
+        between = original[1] - original[0]  # what texts differ in stays
+        assert torch.allclose(score[1] - score[0], between, atol=1e-4)
