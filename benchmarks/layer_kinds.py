@@ -212,15 +212,15 @@ def preference() -> list[Way]:
     target = torch.randint(49152, (4, 128))
     reference = torch.randn(4) - 1000
 
-    def plain(_: object) -> Tensor:
+    def plain() -> Tensor:
         found = functional.log_softmax(head(hidden), 2)
         return found.gather(2, target[..., None]).sum((1, 2))
 
-    def cut(_: object) -> Tensor:
+    def cut() -> Tensor:
         return answer_log_probabilities(hidden, head.weight, target)
 
-    def run(log_probabilities: Callable[[object], Tensor]) -> None:
-        found = log_probabilities(None)
+    def run(log_probabilities: Callable[[], Tensor]) -> None:
+        found = log_probabilities()
         cut_preference(found[:2], found[2:], reference[:2], reference[2:]).backward()
 
     named = {"plain": plain, "cut_preference": cut}

@@ -59,9 +59,9 @@ class Way:
 
 
 WAYS = {
-    "full": Way(full, 2e-4),
-    "meft": Way(reversible, 2e-3),
-    "sparse": Way(sparse, 4e-4),
+    "full": Way(full, 1e-4),
+    "meft": Way(reversible, 3e-3),
+    "sparse": Way(sparse, 1e-4),
     "head": Way(head, 1e-2),
 }
 

@@ -5,7 +5,6 @@ With ``--check`` nothing is written: the exit code is 1 if the page differs from
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pages import asked_to_check, is_current, out_of_date, table
+from pages import asked_to_check, rows_in, table, written_or_checked
 
 from slimgrad.types import format_bytes
 
@@ -188,14 +187,7 @@ def _tokens_of(alone: dict[int, Runs], way: str, than: str, share: float) -> int
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write or check the page; returns the exit code."""
-    is_check = asked_to_check(__doc__, arguments)
-    text = page([json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()])
-    if is_current(PAGE, text):
-        return 0
-    if is_check:
-        return out_of_date(PAGE)
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return written_or_checked(PAGE, page(rows_in(ROWS)), asked_to_check(__doc__, arguments))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ With ``--check`` nothing is written: the exit code is 1 if the page differs from
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import asked_to_check, is_current, out_of_date, table
+from pages import asked_to_check, rows_in, table, written_or_checked
 
 from slimgrad.types import format_bytes
 
@@ -72,18 +71,10 @@ def _longest(rows: Sequence[dict[str, Any]]) -> str:
     return table(["optimizer", "budget", *(f"{way}, tokens" for way in ways)], cells)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write or check the page; returns the exit code."""
-    check = asked_to_check(__doc__, arguments)
-    text = page(_rows(ROWS), _rows(LONGEST))
-    if check:
-        return 0 if is_current(PAGE, text) else out_of_date(PAGE)
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    text = page(rows_in(ROWS), rows_in(LONGEST))
+    return written_or_checked(PAGE, text, asked_to_check(__doc__, arguments))
 
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pages import table
+from pages import rows_in, table
 
 from slimgrad.types import format_bytes
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "results" / "topics.jsonl"
-LAST = 10  # steps whose losses are averaged as the final one
 INTRODUCTION = """\
 No code here: the same topics, batches and order (`python benchmarks/topics.py`), with AdamW on what trains. `full` trains
 every parameter, `meft` adapters in an encoder made reversible, `sparse` the tensors that `sparse_update` chooses for half
@@ -24,9 +22,9 @@ backward). Accuracy: points on what was not trained on, above full tuning's by s
 learns about as much as all of them: this task does not tell a sparse update from full tuning. MEFT is behind both."""
 
 
-def section() -> list[str]:
-    """Its parts, in Markdown."""
-    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+def section(num_last: int) -> list[str]:
+    """Its parts, in Markdown; the final loss is the mean of the last ``num_last`` steps'."""
+    rows = rows_in(ROWS)
     ways: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         ways.setdefault(row["way"], []).append(row)
@@ -35,11 +33,13 @@ def section() -> list[str]:
     first = ways["full"][0]
     facts = f"{len(full)} seeds, {first['steps']} steps; {first['machine']['processor']}; {first['date']}."
     header = ("way", "rate", "trained", "activations", "peak", "loss", "accuracy", "above full")
-    cells = [_cells(way, ways[way], full) for way in ways]
+    cells = [_cells(way, ways[way], full, num_last) for way in ways]
     return ["## minilm in part", INTRODUCTION, facts, table(header, cells)]
 
 
-def _cells(way: str, rows: Sequence[dict[str, Any]], full: dict[int, float]) -> tuple[str, ...]:
+def _cells(
+    way: str, rows: Sequence[dict[str, Any]], full: dict[int, float], num_last: int
+) -> tuple[str, ...]:
     first = rows[0]
     points = [100 * (row["accuracy"] - full[row["seed"]]) for row in rows]
     return (
@@ -48,7 +48,7 @@ def _cells(way: str, rows: Sequence[dict[str, Any]], full: dict[int, float]) -> 
         f"{first['trained_parameters'] / 1e6:.2f} M",
         format_bytes(first["activation_bytes"]),
         format_bytes(first["peak_bytes"]),
-        f"{mean(mean(row['losses'][-LAST:]) for row in rows):.3f}",
+        f"{mean(mean(row['losses'][-num_last:]) for row in rows):.3f}",
         f"{mean(row['accuracy'] for row in rows):.1%}",
         f"{mean(points):+.1f} ± {stdev(points):.1f}",
     )

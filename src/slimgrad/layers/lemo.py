@@ -11,8 +11,7 @@ Exactness: different: the loss is of fewer tokens, which see fewer; with a share
     Before any training, the kept tokens' loss on documentation: 2.85 nats for every other block of 64, 4.04 for half of the tokens at
     random, against 2.26 of all tokens; where each layer left out tokens of its own, 8.8 and more against 2.58: so it is not done
     here. Predicted blocks train no better than random ones: after 12 windows of 1,024 tokens held-out loss is 0.033 nats above that of
-    all tokens, of random blocks 0.029 (docs/adapters.md). It was 0.042 where predictors learned what a token gets with no regard
-    to its place: they then kept late blocks almost always.
+    all tokens, of random blocks 0.029 (docs/adapters.md).
 Limits: models with a list of Llama-like layers, with no padding or with a 4-d mask, without key-value cache (``use_cache`` is
     switched off); others raise ``UnsupportedError``. While gradients are recorded the output has the kept tokens alone: use
     ``loss``, not the model's own labels. No recomputation of single layers. ``fit`` runs the model with attention of
@@ -220,7 +219,8 @@ class LeMo:
     ) -> dict[int, float]:
         """Train the predictors on the model's own attention; of each stage, the recall on the last batch.
 
-        Recall is the share of the most attended blocks that are chosen. The last of the batches trains nothing.
+        Recall is the share of the most attended blocks that are chosen. The last of the batches trains
+        nothing; it counts in the mean of each place.
         Raises UnsupportedError for fewer than two.
         """
         if len(batches) < 2:

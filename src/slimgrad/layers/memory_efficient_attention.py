@@ -8,8 +8,8 @@ Memory: temporaries hold two tiles of scores (query_chunk x key_chunk a head, th
     and backward, and linear in the length. A bias that needs a gradient costs that gradient. Working dtype: float32,
     or float64 for float64.
     Time: the scores are made once more in the backward pass, and chunks above the diagonal of causal attention are
-    skipped. With a bias that is trained (4 heads, 2,048 tokens, docs/own_code.md) it took 0.75 and 0.96 of plain
-    attention's time in two runs, torch's function 0.78 and 0.76; where torch's fused kernel serves, that one is faster.
+    skipped. With a bias that is trained (4 heads, 2,048 tokens, docs/own_code.md) it took 0.96 of plain
+    attention's time, torch's function 0.76; where torch's fused kernel serves, that one is faster.
 Exactness: exact up to rounding; a row that may attend to nothing gives zeros, and passes no gradient, as with torch.
     With dropout the masks are others than torch's, of the same distribution: each tile's comes from a seed of its own
     and is drawn again in the backward pass.

@@ -18,6 +18,7 @@ from slimgrad.layers.coupling import ReversibleBlock
 from slimgrad.measuring.machine import cores
 from slimgrad.measuring.randomness import kept_randomness
 from slimgrad.measuring.stopwatch import seconds_of
+from slimgrad.measuring.tracker import device_of
 
 _NOISE: Final = 0.05  # a gain below this is not told from none
 
@@ -96,7 +97,7 @@ def _in_turns(
     trial: Any, run: Callable[[], None], ways: Sequence[tuple[bool, int]], num_runs: int
 ) -> list[float]:
     """Median seconds of each way, after one run that is not counted."""
-    device = next((p.device for p in trial.parameters()), torch.device("cpu"))
+    device = device_of(trial)
     taken: list[list[float]] = [[] for _ in ways]
     for turn in range(num_runs + 1):
         for (overlap, num_threads), seconds in zip(ways, taken, strict=True):

@@ -6,7 +6,7 @@ Memory: weights are one value and 12 bytes of indices a nonzero (column, and col
     input, as in a dense layer. Temporaries: 64 rows of inputs and outputs, transposed; in the weight gradient 512; in
     the input gradient a copy of the values. Time: sparsity has to pass a break-even, which depends on the
     machine and the shape (``break_even_sparsity`` measures it). At 0.95, 512 rows and 1024 x 1024 weights it took
-    0.53 (one core) and 0.87 (two) of the time of a dense layer under a mask (docs/own_code.md).
+    0.53 of the time of a dense layer under a mask, on one core (docs/own_code.md).
 Exactness: exact: sums over nonzeros, in another order than the dense products.
 Limits: on the CPU, in float32 or float64 (autocast runs it in float32): anything else raises ``UnsupportedError``;
     which weights are nonzero stays as it was made; no second derivatives. In a trace on fake tensors its products

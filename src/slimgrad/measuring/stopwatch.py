@@ -11,7 +11,6 @@ from torch import Tensor
 
 _T = TypeVar("_T")
 
-_CACHE_BYTES = 32 << 20  # at least what the last level of a processor's cache holds
 _TURNS = 3  # at least, and up to so many times more of short runs
 
 
@@ -49,7 +48,7 @@ class OtherData:
     In a step weights and what was saved for backward were used long ago.
     """
 
-    num_bytes = _CACHE_BYTES
+    num_bytes = 32 << 20  # at least what the last level of a processor's cache holds
 
     def __init__(self, device: torch.device | str) -> None:
         self._data: Tensor = torch.zeros(self.num_bytes, dtype=torch.int8, device=device)

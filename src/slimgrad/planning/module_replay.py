@@ -149,9 +149,8 @@ class _Modules:
         self.operations: list[list[int]] = [[] for _ in range(graph.num_stages)]
         for index in range(len(graph.operations)):
             self.operations[graph.stage_of(index)].append(index)
-        self.going: dict[
-            int, list[int]
-        ] = {}  # operation (-1: none) -> the storages that go after it
+        # operation (-1: none) -> the storages that go after it
+        self.going: dict[int, list[int]] = {}
         for storage, index in enumerate(stages.gone_after):
             self.going.setdefault(index, []).append(storage)
         self.saved: dict[int, dict[int, _Copy]] = {}

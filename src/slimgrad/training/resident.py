@@ -48,8 +48,8 @@ def return_freed_memory(threshold_bytes: int = 1 << 18) -> None:
     """Let the C library give large freed blocks back to the system at once (Linux; elsewhere nothing happens).
 
     glibc raises its own threshold as large blocks are freed, after which freed tensors stay resident and the
-    resident size no longer tells what is in use: a step of SmolLM2 that keeps 1.0 GiB of tensors alive then has 2.3 GiB
-    resident, 1.4 GiB with a threshold of 1 MiB and 1.3 GiB with 256 KiB. Fresh pages cost time: a fifth of that step's.
+    resident size no longer tells what is in use. Fresh pages cost time; with a larger threshold more of the resident
+    memory is fragments.
     """
     if (libc := _glibc()) is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes)
