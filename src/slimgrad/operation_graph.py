@@ -6,6 +6,8 @@ import functools
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from slimgrad.code import Use
 
 
@@ -37,6 +39,11 @@ class OperationGraph:
         """The same graph without seconds: equal for blocks that do the same at another pace."""
         operations = tuple((0.0, reads, writes) for _, reads, writes in self.operations)
         return OperationGraph(self.num_bytes, self.is_saved, operations, self.stages)
+
+    @functools.cached_property
+    def seconds(self) -> np.ndarray:
+        """Of each operation."""
+        return np.array([seconds for seconds, _, _ in self.operations], dtype=float)
 
     @property
     def num_stages(self) -> int:

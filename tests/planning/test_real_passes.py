@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from tests.sample_models import SAMPLES, adamw
@@ -45,6 +46,7 @@ def _clocked(monkeypatch, factors):
 def test_operations_are_scaled_to_real_passes(traced, monkeypatch):
     profile, host, batch = traced
     before = _seconds(profile)
+    unscaled = {key: trace.op_seconds for key, trace in profile.variants.items()}
     factors = {
         (): [9.0, 3.0, 2.0],
         ("micro_batches",): [1.0, 5.0],
@@ -54,13 +56,33 @@ def test_operations_are_scaled_to_real_passes(traced, monkeypatch):
     time_passes(host, batch, profile.variants, **NO_LIMIT)
     after = _seconds(profile)
     expected = {(): 2.0, ("micro_batches",): 5.0, ("chunked_cross_entropy",): 4.0}
-    both = [key for key in before if len(key) == 2]
-    assert both
-    for key, seconds in before.items():
-        names = tuple(sorted(name for name, _ in key))
-        factor = 5.0 * 4.0 / 2.0 if len(key) == 2 else expected[names]
-        assert after[key] == pytest.approx(factor * seconds)
-        assert profile.variants[key].is_timed
+    assert any(len(key) == 2 for key in before)
+    for key, trace in profile.variants.items():
+        assert trace.is_timed
+        if len(key) < 2:
+            names = tuple(name for name, _ in key)
+            assert after[key] == pytest.approx(expected[names] * before[key])
+            continue
+        # what the chunked loss adds is added outside of blocks, and micro-batches make both slower
+        loss = next((setting,) for setting in key if setting[0] == "chunked_cross_entropy")
+        is_inside, loss_is_inside = (profile.variants[k].op_call >= 0 for k in (key, loss))
+        both, alone = unscaled[key], unscaled[loss]
+        outside = (4.0 * alone.sum() - 2.0 * alone[loss_is_inside].sum()) / alone[
+            ~loss_is_inside
+        ].sum()
+        expected_s = both[is_inside].sum() * 2.0 + both[~is_inside].sum() * outside
+        assert after[key] == pytest.approx(expected_s * 5.0 / 2.0)
+
+
+def test_blocks_take_the_same_under_every_loss(traced, monkeypatch):
+    profile, host, batch = traced
+    _clocked(monkeypatch, {(): [2.0], ("chunked_cross_entropy",): [4.0]})
+    time_passes(host, batch, profile.variants, **NO_LIMIT)
+    plain = profile.variants[()]
+    for key, trace in profile.variants.items():
+        if [name for name, _ in key] == ["chunked_cross_entropy"]:
+            inside = trace.op_seconds[trace.op_call >= 0]
+            assert np.array_equal(inside, plain.op_seconds[plain.op_call >= 0])
 
 
 def test_no_method_saves_more_than_it_does_away_with(traced, monkeypatch):

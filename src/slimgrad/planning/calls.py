@@ -4,42 +4,45 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from slimgrad.measuring.trace import Call, Trace
 
 
-@dataclass
 class Changes:
     """Lifetimes that start (+) or end (-) at slots, each with its column."""
 
-    slot: list[int] = field(default_factory=list)
-    nbytes: list[int] = field(default_factory=list)
-    column: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of (slot, bytes, column)."""
+        if len(self._parts) != 1:
+            none = np.zeros((0, 3), dtype=np.int64)
+            self._parts = [np.concatenate(self._parts) if self._parts else none]
+        return self._parts[0]
 
     def span(self, start: int, stop: int, nbytes: float, column: int) -> None:
         """``nbytes`` live in slots ``start`` to ``stop`` (negative: no longer live there)."""
         if start < stop and nbytes:
-            self.slot += [start, stop]
-            self.nbytes += [int(nbytes), -int(nbytes)]
-            self.column += [column, column]
+            rows = ((start, int(nbytes), column), (stop, -int(nbytes), column))
+            self._parts.append(np.array(rows, dtype=np.int64))
 
     def spans(
         self, start: np.ndarray, stop: np.ndarray, nbytes: np.ndarray, column: np.ndarray
     ) -> None:
         """Many of ``span``, an entry each."""
         real = (start < stop) & (nbytes != 0)
-        self.slot += np.concatenate((start[real], stop[real])).tolist()
-        self.nbytes += np.concatenate((nbytes[real], -nbytes[real])).tolist()
-        self.column += np.concatenate((column[real], column[real])).tolist()
+        nbytes, column = nbytes[real], column[real]
+        self._parts.append(np.stack((start[real], nbytes, column), axis=1))
+        self._parts.append(np.stack((stop[real], -nbytes, column), axis=1))
 
     def extend(self, other: Changes) -> None:
         """Add another set."""
-        self.slot += other.slot
-        self.nbytes += other.nbytes
-        self.column += other.column
+        self._parts += other._parts
 
 
 @dataclass(frozen=True)

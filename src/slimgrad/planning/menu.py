@@ -22,7 +22,7 @@ class Effect:
     """What one choice changes in the live bytes, at any slots."""
 
     def __init__(self, changes: Changes) -> None:
-        slot, nbytes = np.array(changes.slot, dtype=np.int64), np.array(changes.nbytes)
+        slot, nbytes, _ = changes.rows.T
         order = np.argsort(slot, kind="stable")
         self.slot = slot[order]
         self.sums = np.concatenate(([0.0], np.cumsum(nbytes[order], dtype=np.float64)))

@@ -6,7 +6,6 @@ asked, or until the schedule lets go of it; what else a run makes is live while 
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ def stages_of(
     That is where a block writes into what it is given or takes what an earlier one returned, where something is done
     between two, and where the rest of the step needs what they make, or their backward what the last one returns.
     """
-    if operations.held_anyway or trace.cached or not _is_closed(trace, calls):
+    if operations.held_anyway or trace.cached or not _is_closed(trace, calls, reads):
         return None
     number = {s: i for i, s in enumerate(operations.storages)}
     stage_of = {s: k for k, call in enumerate(calls) for s in trace.calls[call].outputs}
@@ -78,50 +77,41 @@ def stages_of(
         for mine in asked
     )  # fmt: skip
     outputs = tuple(tuple(number[s] for s in trace.calls[c].outputs if s in number) for c in calls)
-    return Stages(ended, tuple(inputs), outputs, _gone_after(trace, calls, operations), first)
+    return Stages(
+        ended, tuple(inputs), outputs, _gone_after(trace, calls, operations, reads), first
+    )
 
 
-def _is_closed(trace: Trace, calls: Sequence[int]) -> bool:
+def _is_closed(trace: Trace, calls: Sequence[int], reads: Reads) -> bool:
     """Whether nothing is done between the blocks, and each writes only into what it made."""
     for before, call in itertools.pairwise(calls):
         if trace.calls[before].forward_to != trace.calls[call].forward_from:
             return False
-    return all(
-        trace.birth[s] > trace.calls[call].forward_from
-        for call in calls
-        for tick in range(trace.calls[call].forward_from, trace.calls[call].forward_to)
-        for s in trace.writes[tick]
-    )
+    return all(reads.writes_inside(trace, call).are_all for call in calls)
 
 
-def _gone_after(trace: Trace, calls: Sequence[int], operations: CallOperations) -> tuple[int, ...]:
+def _gone_after(
+    trace: Trace, calls: Sequence[int], operations: CallOperations, reads: Reads
+) -> tuple[int, ...]:
     """For each storage that goes while its block still runs, the operation after which it does."""
-    ticks = [t for call in calls for t in _writing(trace, call)]
+    ticks = [t for call in calls for t in reads.writes_inside(trace, call).ticks]
     ends = [trace.calls[call].forward_to for call in calls]
-    found: list[int] = []
-    for storage in operations.storages:
-        birth, death = int(trace.birth[storage]), int(trace.death[storage])
-        stops = ends[bisect.bisect_left(ends, birth)]
-        found.append(bisect.bisect_left(ticks, death - 1) if death <= stops else -1)
-    return tuple(found)
-
-
-def _writing(trace: Trace, call: int) -> list[int]:
-    start, stop = trace.calls[call].forward_from, trace.calls[call].forward_to
-    return [t for t in range(start, stop) if any(trace.birth[s] > start for s in trace.writes[t])]
+    storages = list(operations.storages)
+    births, deaths = trace.birth[storages], trace.death[storages]
+    stops = np.array(ends)[np.searchsorted(ends, births)]
+    return tuple(np.where(deaths <= stops, np.searchsorted(ticks, deaths - 1), -1).tolist())
 
 
 def repeated(stages: Stages, operations: CallOperations, schedule: tuple[int, ...]) -> Replayed:
     """The backward pass of blocks that are run again as modules. Blocks that do the same share one replay."""
     modules = _repeated(operations.graph.untimed, replace(stages, first=0), schedule)
     first = stages.first
-    timed = operations.graph.operations
     held = {s: modules.last + first for outside in operations.outside for s in outside}
     return Replayed(
         np.add(modules.rows, (0, first, first)),
         [(tick + first, nbytes) for tick, nbytes in modules.bursts],
         held,
-        sum((timed[index][0] for index in modules.ran), modules.num_runs * STAGE_S),
+        float(operations.graph.seconds[modules.ran].sum()) + modules.num_runs * STAGE_S,
     )
 
 
@@ -158,7 +148,7 @@ class _Modules:
         self.last = max((a[2] for asked in stages.asked for a in asked), default=0)
         self.again: list[tuple[int, int, int]] = []
         self.bursts: list[tuple[int, int]] = []
-        self.ran: list[int] = []  # operations, by their index
+        self._ran: list[int] = []
         self.num_runs = self.live = self.peak = 0
         for tick, stage, storage, gone in sorted(
             (tick, stage, storage, gone)
@@ -175,6 +165,7 @@ class _Modules:
             for copy in held.values():
                 self._release(copy, self.last)
         self.rows = np.array(self.again, dtype=int).reshape(-1, 3)
+        self.ran = np.array(self._ran, dtype=int)  # operations, by their index
 
     def _release(self, copy: _Copy, tick: int) -> None:
         copy.num_holders -= 1
@@ -219,7 +210,7 @@ class _Modules:
             self.saved[stage] = {s: self._held(made[s]) for s in wanted if s in made}
         inside: dict[int, _Copy] = {}
         operations, num_bytes = self.graph.operations, self.graph.num_bytes
-        self.ran += self.operations[stage]
+        self._ran += self.operations[stage]
         for index in self.operations[stage]:
             for storage in operations[index][2]:
                 if storage not in made:

@@ -32,6 +32,14 @@ class CallOperations:
     held_anyway: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class WritesInside:
+    """The ticks of a call's forward at which it writes into what it made, and whether it writes into nothing else."""
+
+    ticks: tuple[int, ...]
+    are_all: bool
+
+
 class Reads:
     """Who reads each storage: in backward first and by which calls, and in forward last."""
 
@@ -42,6 +50,7 @@ class Reads:
         self.readers: dict[int, set[str]] = {}  # names of operations in backward
         self.by_call: dict[int, dict[int, tuple[int, int]]] = {}  # and in backward first and last
         self.op_seconds: list[float] = trace.op_seconds.tolist() or [0.0] * trace.num_ticks
+        self._writes_inside: dict[int, WritesInside] = {}
         began = 0  # the first operation of the node: it is then that autograd asks for all that the node saved
         names = [trace.names[i] for i in trace.name.tolist()] or [""] * trace.num_ticks
         for index, storages in enumerate(trace.reads):
@@ -60,6 +69,18 @@ class Reads:
                     spans[storage] = spans.get(storage, (began + 1, 0))[0], index + 1
                 else:
                     self.last_forward[storage] = index + 1
+
+    def writes_inside(self, trace: Trace, call: int) -> WritesInside:
+        """What the forward of a call writes into."""
+        if call not in self._writes_inside:
+            start, stop = trace.calls[call].forward_from, trace.calls[call].forward_to
+            is_own = [
+                [bool(own) for own in trace.birth[list(trace.writes[tick])] > start]
+                for tick in range(start, stop)
+            ]
+            ticks = tuple(start + i for i, own in enumerate(is_own) if any(own))
+            self._writes_inside[call] = WritesInside(ticks, all(map(all, is_own)))
+        return self._writes_inside[call]
 
     def held_by_others(self, storage: int, calls: Sequence[int]) -> bool:
         """Whether backward reads ``storage`` in operations that belong to none of ``calls``."""
@@ -92,7 +113,9 @@ def call_operations(
         tuple(s in dropped for s in made),
         tuple(operations),
         tuple(stages) if len(calls) > 1 else (),
-        tuple(_use(trace, s, reads) if s in dropped else None for s in made),
+        tuple(_use(trace, s, reads) if s in dropped else None for s in made)
+        if len(calls) == 1
+        else (),  # codes are kept of single blocks
     )
     asked = {number[s]: reads.first_backward[s] for s in made if s in dropped}
     gone = tuple(_gone_at(trace, calls, made, reads))

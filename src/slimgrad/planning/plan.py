@@ -212,7 +212,7 @@ def solved(
         return best.peak_bytes, best
     fastest = workbench.fastest(found, limit - reserve_bytes)
     if fastest is None:
-        raise _does_not_fit(profile, allowed, workbench.leanest(found), limit, asked)
+        raise _does_not_fit(profile, allowed, workbench.least_peak_bytes(found), limit, asked)
     return limit, fastest
 
 
@@ -247,26 +247,26 @@ def _rung(exactness: Exactness | str) -> Exactness:
 
 
 def _does_not_fit(
-    profile: Profile, allowed: Allowed, leanest: Solution, limit: int, asked: Budget
+    profile: Profile, allowed: Allowed, smallest: int, limit: int, asked: Budget
 ) -> BudgetError:
     by_rung: dict[str, int] = {}
-    known, lowest = _permitted(allowed), leanest.peak_bytes
+    known, lowest = _permitted(allowed), smallest
     for rung in Exactness:
         if rung.rung > allowed.exactness.rung and rung is not Exactness.DIFFERENT:
             error = (allowed.error or DEFAULT_ERROR) if rung.allows(Exactness.UNBIASED) else None
             looser = replace(allowed, exactness=rung, error=error)
             if _permitted(looser) != known:
                 known = _permitted(looser)
-                lowest = Workbench(profile, looser).leanest(schemes(profile, looser)).peak_bytes
-            if lowest < leanest.peak_bytes:
+                lowest = Workbench(profile, looser).least_peak_bytes(schemes(profile, looser))
+            if lowest < smallest:
                 by_rung[rung.value] = lowest
     rungs = "".join(f"; with exactness={r!r} {format_bytes(b)}" for r, b in by_rung.items())
     return BudgetError(
         f"no plan fits the budget {asked.text} ({format_bytes(limit)}): with exactness="
-        f"{allowed.exactness.value!r} the smallest peak is {format_bytes(leanest.peak_bytes)} "
-        f"({leanest.peak_bytes} bytes){rungs}. Plain training peaks at {format_bytes(profile.peak_bytes)}. "
+        f"{allowed.exactness.value!r} the smallest peak is {format_bytes(smallest)} "
+        f"({smallest} bytes){rungs}. Plain training peaks at {format_bytes(profile.peak_bytes)}. "
         "Give a larger budget, a smaller batch, or budget='min'",
-        smallest_bytes=leanest.peak_bytes,
+        smallest_bytes=smallest,
         by_rung=by_rung,
     )
 

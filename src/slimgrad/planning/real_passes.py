@@ -7,11 +7,12 @@ a trace's operations are scaled to theirs.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,9 +73,9 @@ def time_passes(
 
     The plain passes and each single rewriting method's are run, the fastest first, in turns, for about ``limit_s``
     seconds; a method saves at most what the operations take that it does away with (more is noise), and what several
-    methods at once take is the product of what each of them does. Nothing is run where the
-    plain passes would take more than ``limit_bytes`` or half of the free memory, or so little time that
-    noise would be measured.
+    methods at once take is the product of what each of them does. Where a method leaves the operations of blocks as
+    they are, the others take what it adds. Nothing is run where the plain passes would take more than ``limit_bytes``
+    or half of the free memory, or so little time that noise would be measured.
     """
     plain = traces[()]
     planned = float(plain.op_seconds.sum())
@@ -91,15 +92,15 @@ def time_passes(
     ways = [way for way in ways if (left := left - way.planned_s) > 0 or not way.methods]
     with suppress(Exception):  # what fails for real is told where it is proved
         _take_turns(ways, host, batch, limit_s)
-    scale = {way.methods: way.scale for way in ways if way.taken}
-    if () in scale:
-        for way in ways:
-            if way.methods in scale:
-                kept_s = float(plain.op_seconds.sum()) - _replaced_s(plain, way.trace)
-                least = kept_s * scale[()] / way.planned_s
-                scale[way.methods] = max(scale[way.methods], least)
+    taken = [way for way in ways if way.taken]
+    if taken and not taken[0].methods:
+        scale, paces = taken[0].scale, dict[Setting, _Pace]()
+        for way in taken[1:]:
+            kept_s = planned - _replaced_s(plain, way.trace)
+            relative = max(way.scale / scale, kept_s / way.planned_s)
+            paces[way.methods[0]] = _pace(plain, way.trace, relative)
         for methods, trace in traces.items():
-            _scale(trace, methods, scale)
+            _scale(trace, [paces.get(m) for m in methods], scale)
 
 
 def _take_turns(ways: Sequence[_Way], host: Host, batch: Any, limit_s: float) -> None:
@@ -161,12 +162,24 @@ def _fits(host: Host, peak_bytes: int, limit_bytes: int | None) -> bool:
     return peak_bytes <= _SHARE * free_bytes(host.device)
 
 
-def _scale(
-    trace: Trace, methods: tuple[Setting, ...], scale: Mapping[tuple[Setting, ...], float]
-) -> None:
-    """A method that was not run is as far off as plain is; several are as far off as all of them together."""
-    factor = scale[()]
-    for method in methods:
-        factor *= scale.get((method,), scale[()]) / scale[()]
-    trace.op_seconds = trace.op_seconds * factor
-    trace.is_timed = all((method,) in scale for method in methods)
+class _Pace(NamedTuple):
+    """How many times as long as in the plain passes operations take, within blocks and outside of them."""
+
+    inside: float
+    outside: float
+
+
+def _pace(plain: Trace, trace: Trace, relative: float) -> _Pace:
+    """The pace at which all operations take ``relative`` times as long: of those that are not as in the plain passes."""
+    is_inside = trace.op_call >= 0
+    outside_s, all_s = float(trace.op_seconds[~is_inside].sum()), float(trace.op_seconds.sum())
+    if not outside_s or not np.array_equal(trace.op[is_inside], plain.op[plain.op_call >= 0]):
+        return _Pace(relative, relative)
+    return _Pace(1.0, max(0.0, 1 + (relative - 1) * all_s / outside_s))
+
+
+def _scale(trace: Trace, paces: Sequence[_Pace | None], scale: float) -> None:
+    """A method that was not run (None) is as far off as plain is; several are as far off as all of them together."""
+    inside, outside = (math.prod(pace[i] for pace in paces if pace) for i in range(2))
+    trace.op_seconds = trace.op_seconds * scale * np.where(trace.op_call >= 0, inside, outside)
+    trace.is_timed = None not in paces

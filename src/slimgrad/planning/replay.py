@@ -68,7 +68,7 @@ def replayed(
         np.add(tape.rows, (0, first, first)),
         [(tick + first, nbytes) for tick, nbytes in tape.bursts],
         held,
-        sum((operations[index][0] + RUN_S for index in tape.ran), 0.0),
+        float(call.graph.seconds[tape.ran].sum()) + len(tape.ran) * RUN_S,
         tape.num_reads,
         tape.read_bytes,
     )
@@ -130,7 +130,7 @@ class _Tape:
         self.overdue: set[int] = set()  # held for other operations beyond that
         self.again: list[tuple[int, int, int]] = []
         self.bursts: list[tuple[int, int]] = []
-        self.ran: list[int] = []  # operations, by their index
+        self._ran: list[int] = []
         in_order = sorted(ticks, key=lambda t: t[1])
         self.to_read = [s for s, _, _ in in_order if s in move and s not in coded]
         for wanted, tick, _ in in_order:
@@ -139,6 +139,7 @@ class _Tape:
             is_asked = storage in self.death and not self._is_held(storage)
             self._let_go(storage, self.death[storage] if is_asked else self.last)
         self.rows = np.array(self.again, dtype=int).reshape(-1, 3)
+        self.ran = np.array(self._ran, dtype=int)  # operations, by their index
 
     def _ask(self, wanted: int, tick: int) -> None:
         """Backward asks for ``wanted``."""
@@ -212,7 +213,7 @@ class _Tape:
         for index in recipe:
             self._becomes_due(index)
         for index in recipe:
-            self.ran.append(index)
+            self._ran.append(index)
             for storage in (self._reads(index) & self.move) - self.here:
                 if storage not in self.ahead:
                     added.add(storage)

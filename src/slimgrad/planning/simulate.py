@@ -20,6 +20,7 @@ from slimgrad.measuring.trace import Trace
 from slimgrad.method import ModelRecord, OperationGraph, Record, Restore
 from slimgrad.planning.calls import BlockLayout, Changes, takers, ticks_by_call
 from slimgrad.planning.compiled_calls import compiled_changes, compiled_held
+from slimgrad.planning.likeness import Blocks, Translation, blocks_of
 from slimgrad.planning.model_changes import model_changes
 from slimgrad.planning.module_replay import Stages, repeated, stages_of
 from slimgrad.planning.operations import (
@@ -55,6 +56,7 @@ class Layout:
         self._graphs: dict[str | tuple[str, ...], OperationGraph | None] = {}
         self._replays: dict[tuple[tuple[int, ...], ...], Replayed] = {}
         self._stages: dict[tuple[int, ...], Stages | None] = {}
+        self._twin: tuple[Layout, Translation] | None = None  # whose blocks do the same
 
     def _place(self) -> None:
         trace, num = self.trace, self.trace.num_ticks
@@ -134,6 +136,9 @@ class Layout:
         return self._runs[where]
 
     def _run(self, paths: tuple[str, ...]) -> BlockLayout:
+        if self._twin is not None:
+            twin, translation = self._twin
+            return translation.block(twin.block(paths))
         groups = tuple(zip(*(self.blocks[path].calls for path in paths), strict=True))
         return BlockLayout(paths, groups, {g[0]: self._saved_by_run(g) for g in groups})
 
@@ -156,9 +161,21 @@ class Layout:
         """The tick at which the backward pass of calls in a row begins; None if it never does."""
         return min((self.backward_tick[c] for c in calls if c in self.backward_tick), default=None)
 
+    @cached_property
+    def what_blocks_do(self) -> Blocks:
+        """Its digest is equal for layouts whose blocks do the same."""
+        return blocks_of(self.trace, self._reads)
+
+    def learns_from(self, other: Layout) -> None:
+        """Take over what ``other``, whose blocks do the same, knows of them."""
+        self._twin = other, Translation(other.what_blocks_do, self.what_blocks_do)
+
     def operations(self, calls: tuple[int, ...]) -> CallOperations:
         """The operations of a call, or of calls in a row."""
-        if calls not in self._operations:
+        if calls not in self._operations and self._twin is not None:
+            twin, translation = self._twin
+            self._operations[calls] = translation.operations(twin.operations(calls))
+        elif calls not in self._operations:
             paths = tuple(self.trace.calls[c].path for c in calls)
             saved = self.block(paths[0] if len(paths) == 1 else paths).saved[calls[0]]
             self._operations[calls] = call_operations(self.trace, calls, saved, self._reads)
@@ -197,10 +214,14 @@ class Layout:
 
     def replayed(self, calls: tuple[int, ...], record: Record) -> Replayed:
         """What calls in a row make again or read back in backward, run as ``record`` says."""
-        stages = self.stages(calls) if record.by_modules else None
+        source = self if self._twin is None else self._twin[0]
+        stages = source.stages(calls) if record.by_modules else None
         coded = tuple(c.number for c in record.coded)
         key = calls, record.kept, record.schedule, record.moved, coded, (int(stages is not None),)
-        if key not in self._replays:
+        if key not in self._replays and self._twin is not None:
+            twin, translation = self._twin
+            self._replays[key] = translation.replayed(twin.replayed(calls, record))
+        elif key not in self._replays:
             operations = self.operations(calls)
             self._replays[key] = (
                 repeated(stages, operations, record.schedule)
@@ -223,9 +244,7 @@ class Layout:
             self.drop[np.minimum(trace.death, trace.num_ticks + 1)],
         )
         changes = Changes()
-        changes.slot = np.concatenate((self.at[trace.birth], stop)).tolist()
-        changes.nbytes = np.concatenate((trace.nbytes, -trace.nbytes)).tolist()
-        changes.column = np.concatenate((trace.column, trace.column)).tolist()
+        changes.spans(self.at[trace.birth], stop, trace.nbytes, trace.column)
         return changes
 
     # -- choices -----------------------------------------------------------------------------------
@@ -273,7 +292,7 @@ class Layout:
         if record.restore is not Restore.OPERATIONS:
             return self.held_inputs(self.block(where).path)
         found = held_by_tape(self, where, record)
-        return {s: stop for s, stop in found.items() if self._freed_slot(s) < stop}
+        return {s: stop for s, stop in found.items() if self._freed_slot[s] < stop}
 
     def held_inputs(self, path: str) -> dict[int, int]:
         """Border storages that recomputing ``path`` keeps alive longer: storage -> the slot it is held to.
@@ -285,7 +304,7 @@ class Layout:
             if index in self.window:
                 stop = int(self.at[self.backward_last[index]]) + 1
                 for storage in self.trace.calls[index].inputs:
-                    if self._freed_slot(storage) < stop:
+                    if self._freed_slot[storage] < stop:
                         held[storage] = max(held.get(storage, 0), stop)
         return held
 
@@ -297,15 +316,19 @@ class Layout:
         """``gone_slots`` for one."""
         return int(self.drop[min(death, self.trace.num_ticks + 1)])
 
-    def _freed_slot(self, storage: int) -> int:
-        return self.gone_slot(int(self.trace.death[storage]))
+    @cached_property
+    def _freed_slot(self) -> list[int]:
+        return self.gone_slots(self.trace.death).tolist()
 
     def hold_changes(self, held: Mapping[int, int]) -> Changes:
         """The changes of keeping border storages alive to the given slots."""
-        changes = Changes()
-        for storage, stop in held.items():
-            nbytes, column = int(self.trace.nbytes[storage]), int(self.trace.column[storage])
-            changes.span(self._freed_slot(storage), stop, nbytes, column)
+        changes, storages = Changes(), list(held)
+        changes.spans(
+            self.gone_slots(self.trace.death[storages]),
+            np.array(list(held.values()), dtype=np.int64),
+            self.trace.nbytes[storages],
+            self.trace.column[storages],
+        )
         return changes
 
     def model_changes(self, record: ModelRecord) -> Changes:
@@ -316,12 +339,8 @@ class Layout:
 
     def live(self, changes: Changes) -> np.ndarray:
         """The running sum of changes alone (without ``base``), one entry a slot."""
-        total = (
-            np.bincount(changes.slot, changes.nbytes, self.num_slots + 1)
-            if changes.slot
-            else np.zeros(self.num_slots + 1)
-        )
-        return np.cumsum(total)[: self.num_slots]
+        slot, nbytes, _ = changes.rows.T
+        return np.cumsum(np.bincount(slot, nbytes, self.num_slots + 1))[: self.num_slots]
 
     @cached_property
     def base_live(self) -> np.ndarray:
@@ -343,8 +362,7 @@ class Layout:
         everything = Changes()
         everything.extend(self.base)
         everything.extend(changes)
-        slot, nbytes = np.array(everything.slot), np.array(everything.nbytes)
-        column = np.array(everything.column)
+        slot, nbytes, column = everything.rows.T
         columns = {}
         for name, position in _POSITION.items():
             mine = column == position

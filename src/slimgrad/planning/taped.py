@@ -70,6 +70,7 @@ def held_by_tape(layout: Layout, where: str | tuple[str, ...], record: Record) -
     for calls in block.groups:
         if layout.backward_from(calls) is not None and block.saved[calls[0]]:
             again = layout.replayed(calls, record)
+            slots = {tick: layout.gone_slot(tick) for tick in set(again.held.values())}
             for storage, tick in again.held.items():
-                found[storage] = max(found.get(storage, 0), layout.gone_slot(tick))
+                found[storage] = max(found.get(storage, 0), slots[tick])
     return found

@@ -10,19 +10,21 @@ import numpy as np
 from slimgrad.measuring.profile import Profile
 from slimgrad.planning.bounds import least_live
 from slimgrad.planning.menu import Menu
-from slimgrad.planning.offers import Allowed, Scheme, coding_limit_s, options
+from slimgrad.planning.offers import Allowed, Option, Scheme, coding_limit_s, options
 from slimgrad.planning.settings import gradients_stay, layout_of
 from slimgrad.planning.simulate import Layout
 from slimgrad.planning.solve import GAP, Programme, Solution
 
 
 class Workbench:
-    """Programmes of schemes; schemes of one traced variant share its layout and its menu of options."""
+    """Programmes of schemes; those of one traced variant share its layout and menu, those of like blocks their options."""
 
     def __init__(self, profile: Profile, allowed: Allowed) -> None:
         self.profile, self.allowed = profile, allowed
         self._layouts: dict[int, Layout] = {}
         self._menus: dict[tuple[int, float, bool], Menu] = {}
+        self._first: dict[bytes, Layout] = {}  # of those whose blocks do the same
+        self._offered: dict[tuple[bytes, float, bool], list[Option]] = {}
         self._least_live: dict[int, np.ndarray] = {}
         self._saved_s = 0.0  # what options that are faster than plain blocks take off a scheme
 
@@ -33,8 +35,13 @@ class Workbench:
         key = (id(scheme.trace), scheme.repeats, leaving)
         if key not in self._menus:
             layout = self._layout(scheme)
-            offered = options(self.profile, scheme, layout, self.allowed)
-            self._menus[key] = Menu(layout, offered)
+            alike = layout.what_blocks_do.digest
+            if self._first.setdefault(alike, layout) is not layout:
+                layout.learns_from(self._first[alike])
+            offered = (alike, scheme.repeats, leaving)
+            if offered not in self._offered:
+                self._offered[offered] = options(self.profile, scheme, layout, self.allowed)
+            self._menus[key] = Menu(layout, self._offered[offered])
         menu = self._menus[key]
         self._saved_s = max(self._saved_s, menu.most_saved_s)
         return Programme(scheme, menu, self.allowed.error or 0.0, coding_limit_s(self.profile))
@@ -80,24 +87,31 @@ class Workbench:
         return best and replace(best, bound_s=min(bound_s, best.seconds))
 
     def leanest(self, found: list[Scheme]) -> Solution:
-        """The solution with the lowest peak of all schemes, and a fast one of that peak; best first, as above."""
-        best: Solution | None = None
-        leanest: Programme | None = None
+        """The solution with the lowest peak of all schemes, and a fast one of that peak."""
+        best, programme = self._lowest(found)
+        return programme.made_faster(best)
+
+    def least_peak_bytes(self, found: list[Scheme]) -> int:
+        """The lowest peak of all schemes, however long it takes."""
+        return self._lowest(found)[0].peak_bytes
+
+    def _lowest(self, found: list[Scheme]) -> tuple[Solution, Programme]:
+        """The solution with the lowest peak, and its programme; best first, as above."""
+        best: tuple[Solution, Programme] | None = None
         programmes = dict[int, Programme]()
         bounds = [self.peak_bound(scheme) * (1 - GAP) for scheme in found]  # as relaxed ones are
         waiting = [(bound, order) for order, bound in enumerate(bounds)]
         heapq.heapify(waiting)
         while waiting:
             least, order = heapq.heappop(waiting)
-            if best is not None and least >= best.peak_bytes:
+            if best is not None and least >= best[0].peak_bytes:
                 break
             if order not in programmes:
                 programmes[order] = self.programme(found[order])
                 heapq.heappush(waiting, (programmes[order].relaxed_peak(), order))
                 continue
             solution = programmes[order].lowest()
-            if best is None or solution.peak_bytes < best.peak_bytes:
-                best, leanest = solution, programmes[order]
+            if best is None or solution.peak_bytes < best[0].peak_bytes:
+                best = solution, programmes[order]
         assert best is not None
-        assert leanest is not None
-        return leanest.made_faster(best)
+        return best
