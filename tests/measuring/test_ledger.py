@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from slimgrad import Ledger, SlimgradError
 from slimgrad.batches import named_tensors
+from slimgrad.host import Share
+from slimgrad.measuring.trace import trace_step
 from slimgrad.types import Column
 
 FLOAT = 4  # bytes
@@ -231,6 +233,17 @@ def test_an_error_inside_leaves_no_hook_behind():
     assert not nn.modules.module._global_forward_pre_hooks
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_trace_on_fake_tensors_made_meanwhile_takes_no_memory():
+    model, loss_fn, batch = SAMPLES["attention"].make()
+    with Ledger(model, inputs=batch) as ledger:
+        before = ledger.peak_bytes
+        trace = trace_step(model, loss_fn, [Share(batch, 1.0)], [], {})
+    assert trace.timeline().peak_bytes > before
+    assert (
+        ledger.peak_bytes - before < 0.05 * trace.timeline().peak_bytes
+    )  # copies of whole numbers
 
 
 # -- torch's own tracker --------------------------------------------------------------------------------

@@ -242,3 +242,19 @@ def test_a_file_that_is_no_plan(leanest, tmp_path):
             Plan.load(path)
     with pytest.raises(PlanError, match="not a plan"):
         Plan.load(tmp_path / "absent.json")
+
+
+def test_forbidden_methods_are_left_out(profile_of, tmp_path):
+    profile = profile_of("llama")
+    free = plan(profile, "min")
+    names = {choice.method for choice in free.choices}
+    assert names
+    for name in names:
+        made = plan(profile, "min", forbid=[name])
+        assert name not in {choice.method for choice in made.choices}
+        assert made.refusals[name] == "it was forbidden (forbid)"
+        assert made.peak_bytes >= free.peak_bytes
+        made.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json").forbid == (name,)
+    with pytest.raises(MethodError, match="recompute"):
+        plan(profile, "min", forbid=["recompte"])

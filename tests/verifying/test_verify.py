@@ -16,6 +16,7 @@ from slimgrad import catalogue
 from slimgrad.errors import VerificationError
 from slimgrad.method import Scope, Undo
 from slimgrad.methods.activations.recompute import Recompute
+from slimgrad.verifying import slimming
 
 
 def everything(model, optimizer):
@@ -231,3 +232,54 @@ def test_a_report_prints_and_is_json():
     assert "FAILED" in str(report)
     report.peak_bytes = report.budget_bytes + 1
     assert json.loads(json.dumps(report.to_json()))["within_budget"] is False
+
+
+def _judged(monkeypatch, change):
+    """``slim`` with reports of the verification changed by ``change(report, names of the plan's methods)``."""
+    seen = []
+
+    def verify_step(step, sample):
+        names = {choice.method for choice in step.plan.choices}
+        seen.append(names)
+        report = slimgrad.verify(step, sample)
+        change(report, names)
+        return report
+
+    monkeypatch.setattr(slimming, "verify_step", verify_step)
+    return seen
+
+
+def test_slim_plans_without_an_exact_method_that_rounds_too_much(monkeypatch):
+    def change(report, names):
+        report.checks["gradient"] = "micro_batches" not in names
+
+    seen = _judged(monkeypatch, change)
+    model, loss_fn, batch = SAMPLES["llama"].make()
+    optimizer = adamw(model)
+    with slimgrad.slim(model, optimizer, loss_fn, batch, budget="min", allow_compile=False) as step:
+        assert "micro_batches" in seen[0]
+        assert "micro_batches" not in seen[-1]
+        assert "gradient's error was" in step.plan.refusals["micro_batches"]
+        assert step.plan.forbid == ("micro_batches",)
+        assert step.report.passed
+
+
+def test_what_every_plan_gets_wrong_is_told_with_the_plans_methods(monkeypatch):
+    seen = _judged(monkeypatch, lambda report, _: report.checks.update(gradient=False))
+    model, loss_fn, batch = SAMPLES["llama"].make()
+    before = len(seen)
+    with pytest.raises(VerificationError, match=r"forbid=\[\.\.\.\] \(here: .*recompute"):
+        slimgrad.slim(model, adamw(model), loss_fn, batch, budget="min", allow_compile=False)
+    assert len(seen) > before + 1  # it was tried without each exact method first
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_the_smallest_budget_is_what_was_measured(monkeypatch):
+    def change(report, _):
+        report.peak_bytes += 4096
+
+    _judged(monkeypatch, change)
+    model, loss_fn, batch = SAMPLES["mlp"].make()
+    with slimgrad.slim(model, adamw(model), loss_fn, batch, budget="min") as step:
+        assert step.plan.budget_bytes == step.report.peak_bytes > step.plan.peak_bytes
+        assert step.report.within_budget

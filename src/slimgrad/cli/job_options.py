@@ -40,6 +40,7 @@ _PLAN = (
     click.option(
         "--allow", multiple=True, help="A method of rung 'different' to allow; repeatable."
     ),
+    click.option("--forbid", multiple=True, help="A method to leave out; repeatable."),
     click.option("--clip-grad-norm", type=float, help="Clip the gradient's global norm."),
     click.option(
         "--compile/--no-compile",
@@ -80,6 +81,7 @@ def plan_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "exactness": options["exactness"],
         "error": options["error"],
         "allow": options["allow"],
+        "forbid": options["forbid"],
         "clip_grad_norm": options["clip_grad_norm"],
         "allow_compile": options["allow_compile"],
         "steps": options.get("steps"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from slimgrad.cli.job_options import (
     job_options,
@@ -16,6 +17,10 @@ from slimgrad.cli.job_options import (
     plan_options,
     run_length,
 )
+
+if TYPE_CHECKING:
+    from slimgrad.measuring.profile import Profile
+    from slimgrad.training.job import JobSpec
 
 
 @click.command()
@@ -68,6 +73,7 @@ def command(
     job = None
     if profile is not None:
         measured = Profile.load(profile)
+        _tell_other_shape(measured, spec)
     else:
         job = open_job(spec)
         measured = measure(
@@ -89,3 +95,18 @@ def command(
         click.echo(json.dumps(data, indent=2, default=str))
     else:
         click.echo("\n\n".join(str(part) for part in (made, reason, laid_out) if part is not None))
+
+
+def _tell_other_shape(measured: Profile, spec: JobSpec) -> None:
+    """A profile is of one batch: say so where the command line gives another shape."""
+    given, asked = click.get_current_context().get_parameter_source, (spec.batch_size, spec.seq_len)
+    named = [n for n in ("batch_size", "seq_len") if given(n) is ParameterSource.COMMANDLINE]
+    shapes = {tuple(shape) for _, shape in measured.batch_shapes.values()}
+    if not named or not shapes or asked in shapes:
+        return
+    found = ", ".join(f"{path} {list(shape)}" for path, (_, shape) in measured.batch_shapes.items())
+    flags = " and ".join(f"--{n.replace('_', '-')}" for n in named)
+    click.echo(
+        f"note: the plan is for the batch that was measured ({found}); {flags} changes nothing: measure again",
+        err=True,
+    )

@@ -35,6 +35,7 @@ def command(
         exactness=Exactness(options["exactness"]),
         error=options["error"],
         allow=options["allow"],
+        forbid=options["forbid"],
         clip_grad_norm=options["clip_grad_norm"],
         allow_compile=options["allow_compile"],
         num_steps=steps,

@@ -38,7 +38,7 @@ class ModuleCost:
     backward_s: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Profile:
     """A measured step. ``variants`` maps the rewriting methods attached (none: the plain step) to its trace.
 

@@ -124,6 +124,9 @@ class Tracker(TorchDispatchMode):
         self._task = -1
         self._handles: list[RemovableHandle] = []
         self._inputs, self._owned = inputs, list(owned)
+        parameters = list(model.parameters()) if model is not None else []
+        # a trace on fake tensors that is made meanwhile takes no memory
+        self._is_real = bool(parameters) and not any(isinstance(p, FakeTensor) for p in parameters)
 
     # -- entering and leaving ------------------------------------------------------------------
 
@@ -203,10 +206,10 @@ class Tracker(TorchDispatchMode):
             self.name(tensor, Column.OPTIMIZER_STATE)
 
     def see(self, tensor: Tensor, born: int | None = None) -> int | None:
-        """The index of a tensor's storage, noting its birth if it is new; None on another device."""
+        """The index of a tensor's storage, noting its birth if it is new; None on another device, or without memory."""
         if tensor.device.type != self.device.type or tensor.layout is not torch.strided:
             return None
-        if _is_only_promised(tensor):
+        if _is_only_promised(tensor) or (self._is_real and type(tensor) is FakeTensor):
             return None
         storage = tensor.untyped_storage()
         key = storage._cdata

@@ -91,12 +91,13 @@ def explain(
     exactness: Exactness | str = Exactness.EXACT,
     error: float | None = None,
     allow: Sequence[str] = (),
+    forbid: Sequence[str] = (),
     clip_grad_norm: float | None = None,
     allow_compile: bool | None = None,
     steps: int | None = None,
 ) -> Explanation:
     """Why ``plan`` with these arguments answers what it does; raises what it raises."""
-    allowed = allowed_by(exactness, error, allow, clip_grad_norm, allow_compile, steps)
+    allowed = allowed_by(exactness, error, allow, clip_grad_norm, allow_compile, steps, forbid)
     limit, best = solved(profile, Budget.parse(budget), allowed)
 
     def at(num_bytes: int) -> Solution:

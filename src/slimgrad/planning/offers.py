@@ -38,7 +38,7 @@ _NOISE = 0.02  # of the plain passes' seconds
 
 @dataclass(frozen=True)
 class Allowed:
-    """What the user allows: the loosest rung, and the methods of rung ``different`` named one by one."""
+    """What the user allows: the loosest rung, the methods of rung ``different`` named one by one, and none in ``forbid``."""
 
     exactness: Exactness = Exactness.EXACT
     allow: tuple[str, ...] = ()
@@ -46,10 +46,13 @@ class Allowed:
     clip_grad_norm: float | None = None
     compile: bool = True
     num_steps: int = 1000
+    forbid: tuple[str, ...] = ()
 
     def permits(self, method: Method | type[Method]) -> bool:
         """Whether a method may be used at all."""
         if not self.compile and getattr(method, "compiles", False):
+            return False
+        if method_name(method) in self.forbid:
             return False
         if method.exactness is Exactness.DIFFERENT:
             return method_name(method) in self.allow
@@ -115,7 +118,7 @@ def coding_limit_s(profile: Profile) -> float:
 
 
 def check_allowed(names: Sequence[str]) -> None:
-    """Raise ``MethodError`` for a name in ``allow`` that is no method."""
+    """Raise ``MethodError`` for a name in ``allow`` or ``forbid`` that is no method."""
     for name in names:
         catalogue.get(name)
 
@@ -259,6 +262,8 @@ def refusals(profile: Profile, allowed: Allowed) -> dict[str, str]:
     for name, cls in catalogue.methods().items():
         if not allowed.compile and getattr(cls, "compiles", False):
             reasons[name] = "compiling was not allowed (allow_compile=False)"
+        elif name in allowed.forbid:
+            reasons[name] = "it was forbidden (forbid)"
         elif not allowed.permits(cls):
             reasons[name] = f"its rung, {cls.exactness}, is looser than {allowed.exactness}"
         elif issubclass(cls, CodedStore) and not profile.coding:

@@ -67,6 +67,7 @@ class Plan:
     columns: Mapping[str, int]
     refusals: Mapping[str, str]
     allow: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
     clip_grad_norm: float | None = None
     needs_step: tuple[str, ...] = ()
     device: str = "cpu"
@@ -140,6 +141,7 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
         "exactness": Exactness(data["exactness"]),
         "choices": tuple(_choice_from_json(c) for c in data["choices"]),
         "allow": tuple(data["allow"]),
+        "forbid": tuple(data.get("forbid", ())),
         "needs_step": tuple(data["needs_step"]),
         "batch_shapes": shapes_from_json(data.get("batch_shapes", {})),
     }
@@ -156,6 +158,7 @@ def plan(
     exactness: Exactness | str = Exactness.EXACT,
     error: float | None = None,
     allow: Sequence[str] = (),
+    forbid: Sequence[str] = (),
     largest_batch: Any = None,
     clip_grad_norm: float | None = None,
     reserve_bytes: int = 0,
@@ -166,7 +169,7 @@ def plan(
 
     On the rungs ``unbiased`` and ``approximate``, what blocks save may be kept as codes; ``error`` (default 0.05) bounds
     the relative L2 error that they bring to the whole gradient, by what a profile measured with ``sensitivity`` says.
-    ``reserve_bytes`` is kept free below the budget (what measuring showed the prediction to be short of).
+    ``forbid`` names methods that are left out. ``reserve_bytes`` is kept free below the budget (what measuring showed the prediction to be short of).
     ``largest_batch`` is the largest that will come: a profile that was measured for a smaller one is refused. Blocks
     that were measured compiled may be compiled unless ``allow_compile`` is False; compiling is paid off over the
     run's ``steps`` (None: 1000).
@@ -176,7 +179,7 @@ def plan(
     smaller than ``largest_batch``.
     """
     check_largest_batch(profile, largest_batch)
-    allowed = allowed_by(exactness, error, allow, clip_grad_norm, allow_compile, steps)
+    allowed = allowed_by(exactness, error, allow, clip_grad_norm, allow_compile, steps, forbid)
     asked = Budget.parse(budget)
     limit, best = solved(profile, asked, allowed, reserve_bytes)
     return _plan_of(profile, allowed, asked, limit, best)
@@ -189,14 +192,23 @@ def allowed_by(
     clip_grad_norm: Any,
     allow_compile: bool | None = None,
     steps: int | None = None,
+    forbid: Sequence[str] = (),
 ) -> Allowed:
     """What the user allows; raises ``PlanError`` or ``MethodError`` for what is no rung, norm or method."""
     is_number = isinstance(clip_grad_norm, (int, float)) and 0 < clip_grad_norm < math.inf
     if clip_grad_norm is not None and not is_number:
         raise PlanError(f"clip_grad_norm must be a positive number or None, not {clip_grad_norm!r}")
     compiles, num_steps, rung = allow_compile is not False, check_steps(steps), _rung(exactness)
-    allowed = Allowed(rung, tuple(allow), _error(error, rung), clip_grad_norm, compiles, num_steps)
-    check_allowed(allowed.allow)
+    allowed = Allowed(
+        rung,
+        tuple(allow),
+        _error(error, rung),
+        clip_grad_norm,
+        compiles,
+        num_steps,
+        (forbid,) if isinstance(forbid, str) else tuple(forbid),
+    )
+    check_allowed((*allowed.allow, *allowed.forbid))
     return allowed
 
 
@@ -290,6 +302,7 @@ def _plan_of(profile: Profile, allowed: Allowed, asked: Budget, limit: int, best
         columns={c.value: v for c, v in timeline.at_peak().items()},
         refusals=refusals(profile, allowed),
         allow=allowed.allow,
+        forbid=allowed.forbid,
         clip_grad_norm=allowed.clip_grad_norm,
         needs_step=tuple(_needs_step(best)),
         device=profile.device,

@@ -37,6 +37,7 @@ def replan_of(made: Plan, profile: Profile) -> Replan:
         exactness=made.exactness,
         error=made.error,
         allow=made.allow,
+        forbid=made.forbid,
         clip_grad_norm=made.clip_grad_norm,
         allow_compile=made.allow_compile,
         steps=made.num_steps,

@@ -84,6 +84,8 @@ def variants(
                 refusals[name] = settings.reason
                 continue
             _add(found, joined, settings, lambda c: _attempt(host, batch, paths, keys, c, refusals))
+            if any(isinstance(m, cls) for methods in found for m in methods):
+                refusals.pop(name, None)  # another of its settings can be used
         return {tuple(map(setting_of, methods)): trace for methods, trace in found.items()}
     finally:
         undo()
@@ -120,7 +122,7 @@ def _attempt(
         try:
             return traced(host, batch, paths, keys, fake_only=True)
         except Exception as error:
-            refusals[method_name(methods[0])] = f"cannot be traced on fake tensors: {error!r}"
+            refusals[method_name(methods[-1])] = f"cannot be traced on fake tensors: {error!r}"
             return None
 
 

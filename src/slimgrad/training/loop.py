@@ -36,6 +36,7 @@ _COMPARED_STEPS = 2
 _HEADROOM = (
     1.25  # resident bytes allowed over the budget: libraries' workspaces, fragmentation, Python
 )
+_LEAST_HEADROOM_BYTES = 64 << 20  # what any process takes for itself while it trains
 _COMPILER = "torch._inductor.compile_fx"
 _COMPILER_BYTES = (
     128 << 20
@@ -51,6 +52,7 @@ class TrainRequest:
     exactness: Exactness = Exactness.EXACT
     error: float | None = None  # of the gradient, on rungs that allow one
     allow: Sequence[str] = ()
+    forbid: Sequence[str] = ()
     clip_grad_norm: float | None = None
     num_steps: int = 16
     out: Path | None = None
@@ -95,7 +97,8 @@ class TrainResult:
         Where something was compiled, torch's compiler has been loaded since.
         """
         compiler = _COMPILER_BYTES if _COMPILER in sys.modules else 0
-        return int(self.plan.budget_bytes * _HEADROOM) + compiler
+        budget = self.plan.budget_bytes
+        return max(int(budget * _HEADROOM), budget + _LEAST_HEADROOM_BYTES) + compiler
 
 
 class Listener(Protocol):
@@ -193,6 +196,7 @@ def _planned(request: TrainRequest, job: Job, listener: Listener) -> tuple[Plan,
         exactness=request.exactness,
         error=request.error,
         allow=request.allow,
+        forbid=request.forbid,
         clip_grad_norm=request.clip_grad_norm,
         allow_compile=compiles,
         steps=request.num_steps,

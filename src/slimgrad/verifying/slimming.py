@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from slimgrad import catalogue
 from slimgrad.applying.first_steps import MeasuredStep, Tightening
 from slimgrad.applying.step import Step, apply, refuse_applied
 from slimgrad.errors import BudgetError, NonFiniteLoss, VerificationError
@@ -19,7 +20,7 @@ from slimgrad.host import LossFn
 from slimgrad.planning.arguments import check_arguments
 from slimgrad.planning.plan import Plan, needs_sensitivity, plan
 from slimgrad.planning.profiling import measure
-from slimgrad.planning.tighten import Replan, narrowed, tightened
+from slimgrad.planning.tighten import narrowed, tightened
 from slimgrad.types import Budget, BudgetLike, Exactness, format_bytes
 from slimgrad.verifying.report import Report
 from slimgrad.verifying.sample_loss import refuse_non_finite
@@ -38,6 +39,7 @@ def slim(
     exactness: Exactness | str = Exactness.EXACT,
     error: float | None = None,
     allow: Sequence[str] = (),
+    forbid: Sequence[str] = (),
     largest_batch: Any = None,
     clip_grad_norm: float | None = None,
     verify: bool = True,
@@ -50,12 +52,14 @@ def slim(
 
     ``exactness`` is the loosest rung allowed. On ``unbiased`` and ``approximate`` what each code of saved tensors does to
     the gradient is measured first, and ``error`` (default 0.05) bounds the relative L2 error of the whole gradient.
+    Methods in ``forbid`` are left out.
 
     Returns a ``Step``: ``loss = step(batch)`` is forward, backward and optimizer. ``largest_batch`` is measured,
     planned for and verified instead of ``batch``; what is done later with a batch that is longer still,
     ``on_larger`` says (see ``apply``). ``folder`` is where offloaded bytes go. With ``verify`` the step's peak is
     measured and its gradients are compared with plain training's before it is returned (``step.report``); where the
-    peak is above the budget, the plan is made again with what the prediction was short of kept free. Without,
+    peak is above the budget, the plan is made again with what the prediction was short of kept free, and where an
+    exact method rounds more than is allowed on this model, without that method. Without,
     nothing is run now and gradients are not compared: the step measures its own first three calls instead, and
     tightens its plan between them (``step.history``, ``step.tightenings``). ``allow_compile`` says whether blocks
     may be compiled (None: where that is found to pay off within the run's ``steps``, None: 1000).
@@ -73,7 +77,7 @@ def slim(
     coding = {"sensitivity": needs_sensitivity(exactness, error)}
     limit = asked.bytes
     profile = measure(model, optimizer, loss_fn, sample, limit_bytes=limit, **coding, **run)
-    run |= {"exactness": exactness, "error": error, "allow": allow}
+    run |= {"exactness": exactness, "error": error, "allow": allow, "forbid": forbid}
     replan = functools.partial(plan, profile, asked, clip_grad_norm=clip_grad_norm, **run)
     users: dict[str, Any] = {"model": model, "optimizer": optimizer, "loss_fn": loss_fn}
     users |= {"clip_grad_norm": clip_grad_norm, "folder": folder, "on_larger": on_larger}
@@ -90,24 +94,57 @@ def slim(
     return step
 
 
+@dataclass
+class _Planner:
+    """Makes the plan again, with more kept free, for a smaller error, or without methods that rounded too much."""
+
+    planned: functools.partial[Plan]
+    error: float | None = None  # to plan for, where that is less than what is allowed
+    rounding: dict[str, str] = field(default_factory=dict)  # method -> what was measured
+
+    def __call__(self, *, reserve_bytes: int) -> Plan:
+        forbid = (*self.planned.keywords["forbid"], *self.rounding)
+        made = self.planned(reserve_bytes=reserve_bytes, forbid=forbid)
+        if self.error is not None:
+            narrow = self.planned(reserve_bytes=reserve_bytes, forbid=forbid, error=self.error)
+            made = replace(narrow, error=made.error)
+        return replace(made, refusals={**made.refusals, **self.rounding})
+
+    def learns(self, made: Plan, failure: VerificationError) -> bool:
+        """Whether another plan may pass where ``made`` failed."""
+        error = _narrower(made, failure.report)
+        if error is not None:
+            self.error = error
+            return True
+        suspect = _suspect(made, failure.report)
+        if suspect is not None:
+            self.rounding[suspect[0]] = suspect[1]
+        return suspect is not None
+
+
 def _tightened_until_verified(
     made: Plan, planned: functools.partial[Plan], applied: Callable[[Plan], Step], sample: Any
 ) -> Step:
     told: list[Tightening] = []
-    replan: Replan = planned
+    replan = _Planner(planned)
     while True:
         step = applied(made)
         try:
             report = _verified(step, sample)
         except VerificationError as failure:
-            error = _narrower(made, failure.report)
-            if error is None:
+            if not replan.learns(made, failure):
                 raise
-            replan = _within(functools.partial(planned, error=error), made.error)
-            made = replan(reserve_bytes=made.tightened_bytes)
+            try:
+                made = replan(reserve_bytes=made.tightened_bytes)
+            except BudgetError:
+                raise failure from None
             continue
+        is_min = Budget.parse(made.budget).is_min
         over = report.peak_bytes - made.budget_bytes
-        if over <= 0 or Budget.parse(made.budget).is_min:
+        if over > 0 and is_min:  # the smallest peak is what was measured
+            report.budget_bytes = report.peak_bytes
+            step.plan = replace(made, budget_bytes=report.peak_bytes)
+        if over <= 0 or is_min:
             step.report = report
             step.num_steps = 0  # those of the verification were put back
             # the ledger has seen this step; the allocator's own peak on CUDA may be higher
@@ -125,11 +162,6 @@ def _tightened_until_verified(
         told.append(Tightening(seen, made.tightened_bytes, before, made))
 
 
-def _within(planned: functools.partial[Plan], error: float | None) -> Replan:
-    """Plans for a smaller error, of which ``error`` is still what is allowed."""
-    return lambda *, reserve_bytes: replace(planned(reserve_bytes=reserve_bytes), error=error)
-
-
 def _narrower(made: Plan, report: object) -> float | None:
     """The error to plan for where the gradient's was measured above what is allowed; None where that is not what failed."""
     if made.error is None or not isinstance(report, Report) or not made.predicted_error:
@@ -139,6 +171,21 @@ def _narrower(made: Plan, report: object) -> float | None:
     if failed != {"gradient"} or not made.error < measured < math.inf:
         return None
     return narrowed(made.predicted_error, made.error, measured)
+
+
+def _suspect(made: Plan, report: object) -> tuple[str, str] | None:
+    """A method of rung ``exact`` that may have rounded too much, and what was measured; None where there is none."""
+    if not isinstance(report, Report) or {n for n, ok in report.checks.items() if not ok} != {
+        "gradient"
+    }:
+        return None
+    for choice in made.choices:
+        if catalogue.get(choice.method).exactness is Exactness.EXACT:
+            measured = report.float64_gradient_error or report.gradient_error or 0.0
+            own = report.plain_gradient_error
+            beside = "" if own is None else f", plain training's own is {own:.1e}"
+            return choice.method, f"with it the gradient's error was {measured:.1e} here{beside}"
+    return None
 
 
 def _verified(step: Step, sample: Any) -> Report:
@@ -166,8 +213,13 @@ def _verified(step: Step, sample: Any) -> Report:
         failed = ", ".join(name for name, ok in report.checks.items() if not ok)
         raise VerificationError(
             f"the planned step differs from plain training in: {failed}. Everything was undone.\n{report}\n"
-            "Something in the forward pass changes from run to run (a counter, an own random generator, a "
-            "global): exclude the block's method, or make the forward pass repeatable",
+            "Usual causes: something in the forward pass changes from run to run (a counter, an own random "
+            "generator, a global), or kernels round otherwise on this model: make the forward pass repeatable, ask "
+            f"for exactness='bitwise', or leave methods out with forbid=[...] (here: {_named(step.plan)})",
             report=report,
         )
     return report
+
+
+def _named(made: Plan) -> str:
+    return ", ".join(dict.fromkeys(choice.method for choice in made.choices))
