@@ -1,6 +1,6 @@
 """MiniLM fine-tuned on topics in full and in part: accuracy and bytes of training everything, MEFT, a sparse update.
 
-    python benchmarks/topics.py [--ways full,meft,sparse,head] [--seeds 0,1,2] [--steps 120] [--lrs 2e-4,4e-4]
+    python benchmarks/topics.py [--ways full,meft,sparse,head] [--seeds 0,1,2] [--steps 120] [--lrs 2e-4,4e-4] [--head-lr 1e-2]
 
 The task is ``minilm`` of ``benchmarks/finetuning.py``: which of eight topics 32 tokens are of. ``full`` trains every
 parameter, ``meft`` adapters in a reversible encoder, ``sparse`` the tensors that ``sparse_update`` chooses for half of
@@ -52,10 +52,11 @@ def head(model: Any, batch: Batch) -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """Changes the classifier in place, given a batch; and the rate that it trains at."""
+    """Changes the classifier in place, given a batch; and the rate that it trains at, the last layer at ``head_lr``."""
 
     attach: Callable[[Any, Batch], None]
     lr: float
+    head_lr: float | None = None
 
 
 WAYS = {
@@ -79,8 +80,14 @@ def trained(chosen: Task, name: str, way: Way, seed: int) -> dict[str, Any]:
     model = fresh(chosen, seed)
     torch.manual_seed(seed)
     way.attach(model, next(batches(chosen, seed)))
+    inside = {id(p) for p in model.encoder.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=way.lr, fused=True)
+    of_head = [p for p in parameters if id(p) not in inside]
+    groups = [
+        {"params": [p for p in parameters if id(p) in inside]},
+        {"params": of_head, "lr": way.head_lr or way.lr},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=way.lr, fused=True)
     losses, row = list[float](), dict[str, Any]()
     for number, batch in enumerate(batches(chosen, seed)):
         if number == 1:  # the optimizer's state is there
@@ -91,6 +98,7 @@ def trained(chosen: Task, name: str, way: Way, seed: int) -> dict[str, Any]:
         else:
             losses.append(step(model, optimizer, batch))
     row = {"way": name, "seed": seed, "steps": chosen.num_steps, "lr": way.lr, **row}
+    row["head_lr"] = way.head_lr or way.lr
     row["trained_parameters"] = sum(p.numel() for p in parameters)
     row |= {"losses": losses, "accuracy": accuracy(model, chosen.test)}
     print(
@@ -113,7 +121,8 @@ def runs(chosen: Task, asked: argparse.Namespace) -> Iterator[Sequence[dict[str,
     for name in asked.ways.split(","):
         for lr in rates or [WAYS[name].lr]:
             for seed in map(int, asked.seeds.split(",")):
-                yield [trained(chosen, name, replace(WAYS[name], lr=lr), seed)]
+                way = replace(WAYS[name], lr=lr, head_lr=asked.head_lr or WAYS[name].head_lr)
+                yield [trained(chosen, name, way, seed)]
 
 
 def main() -> None:
@@ -122,6 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--lrs", default="")
+    parser.add_argument("--head-lr", type=float)
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     write_rows(asked.out, runs(task("minilm", asked.steps), asked), KEY)
