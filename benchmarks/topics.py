@@ -61,7 +61,7 @@ class Way:
 
 WAYS = {
     "full": Way(full, 1e-4),
-    "meft": Way(reversible, 3e-3),
+    "meft": Way(reversible, 1e-3, 1e-2),
     "sparse": Way(sparse, 1e-4),
     "head": Way(head, 1e-2),
 }
