@@ -96,22 +96,22 @@ class _Planner:
     """Makes the plan again, with more kept free, for a smaller error, or without methods that rounded too much."""
 
     planned: functools.partial[Plan]
+    allowed: float | None = None  # of the gradient's error
     error: float | None = None  # to plan for, where that is less than what is allowed
     rounding: dict[str, str] = field(default_factory=dict)  # method -> what was measured
 
     def __call__(self, *, reserve_bytes: int) -> Plan:
         forbid = (*self.planned.keywords["forbid"], *self.rounding)
-        made = self.planned(reserve_bytes=reserve_bytes, forbid=forbid)
-        if self.error is not None:
-            narrow = self.planned(reserve_bytes=reserve_bytes, forbid=forbid, error=self.error)
-            made = replace(narrow, error=made.error)
-        return replace(made, refusals={**made.refusals, **self.rounding})
+        error = {} if self.error is None else {"error": self.error}
+        made = self.planned(reserve_bytes=reserve_bytes, forbid=forbid, **error)
+        allowed = made.error if self.error is None else self.allowed
+        return replace(made, error=allowed, refusals={**made.refusals, **self.rounding})
 
     def learns(self, made: Plan, failure: VerificationError) -> bool:
         """Whether another plan may pass where ``made`` failed."""
         error = _narrower(made, failure.report)
         if error is not None:
-            self.error = error
+            self.allowed, self.error = made.error, error
             return True
         suspect = _suspect(made, failure.report)
         if suspect is not None:
