@@ -121,7 +121,7 @@ def test_the_papers_scale_starts_farther_away(minilm):
     of_means, of_tokens = cosines(output(model, batch), expected, batch["attention_mask"])
     assert 0.95 < of_tokens < 0.98
     assert 0.95 < of_means.min() < 0.98
-    assert gradient_error(model, batch) < 1e-11
+    assert gradient_error(model, batch) < 1e-10
 
 
 def test_float32_minilm_is_reconstructed_to_the_bit(minilm):
