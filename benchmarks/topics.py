@@ -31,7 +31,7 @@ from slimgrad.methods.gradients.sparse_update import sparse_update
 from slimgrad.types import Column
 
 RESULTS = Path(__file__).parent / "results" / "topics.jsonl"
-KEY = ("way", "seed", "steps", "lr")
+KEY = ("way", "seed", "steps", "lr", "head_lr")
 
 
 def full(model: Any, batch: Batch) -> None:

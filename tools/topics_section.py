@@ -16,8 +16,7 @@ INTRODUCTION = """\
 No code here: the same topics, batches and order (`python benchmarks/topics.py`), with AdamW on what trains. `full` trains
 every parameter, `meft` adapters in an encoder made reversible, `sparse` the tensors that `sparse_update` chooses for half
 of the peak, `head` the last layer alone. Rates are the best of two
-to four tried on a seed that no row is of; MEFT's last layer has the rate of `head`, with which full tuning is no better
-(68.0 %). Bytes are the ledger's in
+to four tried on a seed that no row is of; MEFT's last layer has the rate of `head`. Bytes are the ledger's in
 the second step: the largest activations, and the peak with weights, gradients and the optimizer's state (updates after
 backward). Accuracy: points on what was not trained on, above full tuning's by seed. In so few steps the last layer alone
 learns about as much as all of them: this task does not tell MEFT or a sparse update from full tuning."""

@@ -267,10 +267,9 @@ def test_slim_plans_without_an_exact_method_that_rounds_too_much(monkeypatch):
 def test_what_every_plan_gets_wrong_is_told_with_the_plans_methods(monkeypatch):
     seen = _judged(monkeypatch, lambda report, _: report.checks.update(gradient=False))
     model, loss_fn, batch = SAMPLES["llama"].make()
-    before = len(seen)
     with pytest.raises(VerificationError, match=r"forbid=\[\.\.\.\] \(here: .*recompute"):
         slimgrad.slim(model, adamw(model), loss_fn, batch, budget="min", allow_compile=False)
-    assert len(seen) > before + 1  # it was tried without each exact method first
+    assert len(seen) > 1  # it was tried without each exact method first
     assert not any("forward" in vars(m) for m in model.modules())
 
 

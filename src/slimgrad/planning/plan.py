@@ -169,10 +169,10 @@ def plan(
 
     On the rungs ``unbiased`` and ``approximate``, what blocks save may be kept as codes; ``error`` (default 0.05) bounds
     the relative L2 error that they bring to the whole gradient, by what a profile measured with ``sensitivity`` says.
-    ``forbid`` names methods that are left out. ``reserve_bytes`` is kept free below the budget (what measuring showed the prediction to be short of).
-    ``largest_batch`` is the largest that will come: a profile that was measured for a smaller one is refused. Blocks
-    that were measured compiled may be compiled unless ``allow_compile`` is False; compiling is paid off over the
-    run's ``steps`` (None: 1000).
+    ``forbid`` names methods that are left out. ``reserve_bytes`` is kept free below the budget (what measuring showed
+    the prediction to be short of). ``largest_batch`` is the largest that will come: a profile that was measured for a
+    smaller one is refused. Blocks that were measured compiled may be compiled unless ``allow_compile`` is False;
+    compiling is paid off over the run's ``steps`` (None: 1000).
 
     Raises ``BudgetFormatError`` for a budget that cannot be read, ``BudgetError`` where nothing allowed fits,
     with the smallest peak that does and what looser rungs would reach, ``PlanError`` for a profile of a batch

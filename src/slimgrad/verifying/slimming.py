@@ -163,18 +163,15 @@ def _narrower(made: Plan, report: object) -> float | None:
     """The error to plan for where the gradient's was measured above what is allowed; None where that is not what failed."""
     if made.error is None or not isinstance(report, Report) or not made.predicted_error:
         return None
-    failed = {name for name, passed in report.checks.items() if not passed}
     measured = report.gradient_error or 0.0
-    if failed != {"gradient"} or not made.error < measured < math.inf:
+    if _failed(report) != ["gradient"] or not made.error < measured < math.inf:
         return None
     return narrowed(made.predicted_error, made.error, measured)
 
 
 def _suspect(made: Plan, report: object) -> tuple[str, str] | None:
     """A method of rung ``exact`` that may have rounded too much, and what was measured; None where there is none."""
-    if not isinstance(report, Report) or {n for n, ok in report.checks.items() if not ok} != {
-        "gradient"
-    }:
+    if not isinstance(report, Report) or _failed(report) != ["gradient"]:
         return None
     for choice in made.choices:
         if catalogue.get(choice.method).exactness is Exactness.EXACT:
@@ -207,7 +204,7 @@ def _verified(step: Step, sample: Any) -> Report:
         )
     if not report.passed:
         step.undo()
-        failed = ", ".join(name for name, ok in report.checks.items() if not ok)
+        failed = ", ".join(_failed(report))
         raise VerificationError(
             f"the planned step differs from plain training in: {failed}. Everything was undone.\n{report}\n"
             "Usual causes: something in the forward pass changes from run to run (a counter, an own random "
@@ -216,6 +213,10 @@ def _verified(step: Step, sample: Any) -> Report:
             report=report,
         )
     return report
+
+
+def _failed(report: Report) -> list[str]:
+    return [name for name, passed in report.checks.items() if not passed]
 
 
 def _named(made: Plan) -> str:
