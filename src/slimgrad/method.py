@@ -115,13 +115,16 @@ class CodingCost:
     """What one setting of a method that keeps codes was measured to cost on a block.
 
     Seconds for an element, and by how much the whole step's gradient changes: the square of the relative L2 error, and
-    the share of each of the block's storages in it, by their number.
+    the share of each of the block's storages in it, by their number. ``own_error`` and ``own_cosine`` are of the
+    gradient of the block's own parameters alone: its relative L2 error, and its cosine with the exact one.
     """
 
     encode_s: float
     decode_s: float
     squared_error: float
     shares: tuple[tuple[int, float], ...] = ()
+    own_error: float = 0.0
+    own_cosine: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +59,48 @@ def test_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for _, cost in costs:
             shares = dict(cost.pop("shares"))
             assert sum(shares.values()) == pytest.approx(1.0)
-            assert cost.keys() == {"encode_s", "decode_s", "squared_error"}
+            assert cost.keys() == {
+                "encode_s",
+                "decode_s",
+                "squared_error",
+                "own_error",
+                "own_cosine",
+            }
             assert all(figure > 0 for figure in cost.values())
 
 
 def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = measured(tmp_path, monkeypatch, "--seq-len", "64", "--sensitivity")
+    options = ("--seq-len", "64", "--batch-size", "1", "--sensitivity")
+    result = measured(tmp_path, monkeypatch, *options)
     assert result.exit_code == 0
     table = result.stdout.partition("Saved tensors as codes")[2].splitlines()[1:]
-    assert "error of the gradient" in table[0]
-    assert "decode, ns an element" in table[0]
-    rows = [line.split() for line in table[1:] if line.strip()]
+    assert table[0].split()[:4] == ["setting", "error", "own", "cosine"]
+    told = next(number for number, line in enumerate(table) if not line.strip())
+    rows = [line.split() for line in table[1:told]]
     assert {"half_store", "quantized_store"} <= {row[0] for row in rows} <= stores().keys()
     assert "quantized_store bits=4" in result.stdout
-    errors = [float(row[-3]) for row in rows]
+    errors, own, cosines = ([float(row[k]) for row in rows] for k in (-5, -4, -3))
     assert errors == sorted(errors)
-    assert all(0 < error < 3 for error in errors)
+    assert all(0 < error < 3 for error in (*errors, *own))
+    assert all(0 < cosine <= 1 for cosine in cosines)
     assert all(float(figure) > 0 for row in rows for figure in row[-2:])
+    assert "batch variance" not in result.stdout  # one sample says nothing of another one
+
+
+def test_html_has_a_cell_for_each_block_and_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "report.html"
+    options = ("--seq-len", "64", "--batch-size", "2", "--sensitivity", "--html", str(page))
+    result = measured(tmp_path, monkeypatch, *options)
+    assert result.exit_code == 0
+    assert "of batch variance" in result.stdout
+    text = page.read_text()
+    cells = re.findall(r'data-tip="([^"]+) on (blocks\.\d)[^"]*of the variance of batches', text)
+    named = {name.split()[0] for name, _ in cells}
+    assert {"half_store", "quantized_store"} <= named <= stores().keys()
+    assert {path for _, path in cells} == {"blocks.0", "blocks.1", "blocks.2"}
+    assert len(set(cells)) == len(cells)
 
 
 def test_where_no_tensor_is_large_enough_it_is_said(

@@ -20,9 +20,13 @@ import slimgrad
 from slimgrad.errors import LossError
 from slimgrad.host import Host
 from slimgrad.measuring.profile import Profile
-from slimgrad.method import CodingCost, Setting
+from slimgrad.method import Block, CodingCost, Scope, Setting
+from slimgrad.methods.activations.coded_store import CodedStore
+from slimgrad.methods.activations.half_store import HalfStore
+from slimgrad.methods.activations.quantized_store import QuantizedStore
 from slimgrad.planning import sensitivity
-from slimgrad.planning.sensitivity import coding_costs, largest_errors
+from slimgrad.planning.sensitivity import coding_costs, gradient_noise, largest_errors
+from slimgrad.planning.settings import block_record, layout_of, model_record
 
 
 @pytest.mark.parametrize("sample", ["attention", "conv_batchnorm"])
@@ -78,11 +82,11 @@ def test_between_the_blocks_that_are_tried_errors_are_interpolated(
 ) -> None:
     tried: list[str] = []
 
-    def numbered(_: Any, path: str, *__: Any) -> float:
+    def numbered(_: Any, path: str, *__: Any) -> sensitivity.Effect:
         tried.append(path)
-        return float(int(path) ** 2)
+        return sensitivity.Effect(float(int(path) ** 2), float(path), 1 - float(path) / 8)
 
-    monkeypatch.setattr(sensitivity._Passes, "squared_error", numbered)
+    monkeypatch.setattr(sensitivity._Passes, "effect", numbered)
     model, batch = nn.Sequential(*(Mlp() for _ in range(9))), torch.randn(128, 16)
 
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
@@ -96,6 +100,51 @@ def test_between_the_blocks_that_are_tried_errors_are_interpolated(
     for block, found in errors.items():
         expected = float(np.interp(block, [0, 4, 8], [0.0, 16.0, 64.0]))
         assert list(found) == [pytest.approx(expected)]
+        for cost in costs[str(block)].values():
+            assert cost.own_error == pytest.approx(block)
+            assert cost.own_cosine == pytest.approx(1 - block / 8)
+
+
+@pytest.mark.parametrize(("store", "bits"), [(HalfStore, 16), (QuantizedStore, 4)])
+def test_the_share_of_each_tensor_is_that_of_its_own_method(
+    store: type[CodedStore], bits: int
+) -> None:
+    """One tensor of a block is large beside what varies in it, as log-sum-exps are: few bits of a range keep it better
+    than bfloat16's eight of each value."""
+    model, loss_fn, batch = SAMPLES["attention"].make()
+    host, profile = Host(model, None, loss_fn), sensitive_profile("attention")
+    layout, record = layout_of(profile, profile.variants[()]), model_record(profile, 1, None)
+    passes = sensitivity._Passes(host, batch)
+    path, costs = list(profile.coding.items())[len(profile.coding) // 2]
+    measured = block_record(profile, layout, layout.blocks[path], model=record)
+    asked = Block(path, Scope.BLOCK, measured)
+    chosen = next(s for s in store.grades(asked) if getattr(s, "bits", 16) == bits)
+    assert measured.graph is not None
+    assert len(chosen.storages) > 2
+    cost = costs[chosen.setting]
+    for number, share in cost.shares:
+        alone = passes.effect(path, replace(chosen, storages=(number,)), measured.graph)
+        assert share * cost.squared_error == pytest.approx(alone.squared_error, rel=0.75)
+
+
+def test_the_noise_of_batches_is_that_of_their_samples() -> None:
+    """Gradients of single samples are the samples: the noise of their mean is known."""
+    torch.manual_seed(0)
+    model = nn.Linear(1000, 1, bias=False)
+    batch = 1.0 + torch.randn(64, 1000)
+    for loss_fn in (lambda m, x: m(x).mean(), lambda m, x: m(x).sum()):
+        found = gradient_noise(Host(model, None, loss_fn), batch, [])
+        assert found[""] == pytest.approx(1 / 8, rel=0.1)  # of the mean of 64: 1 / sqrt(64) of 1
+    assert model.weight.grad is None
+    assert gradient_noise(Host(model, None, loss_fn), batch[:1], []) == {}
+
+
+def test_the_own_gradient_of_a_block_is_told_apart() -> None:
+    for path, costs in sensitive_profile("attention").coding.items():
+        for setting, cost in costs.items():
+            assert 0 < cost.own_error < 1.5, (path, setting)
+            # |a - b|^2 / |b|^2 = 1 + r^2 - 2 r c for lengths' ratio r: no less than 1 - c^2
+            assert cost.own_error**2 >= 1 - cost.own_cosine**2 - 1e-9
 
 
 def test_fake_weights_and_steps_that_do_not_fit_are_refused(

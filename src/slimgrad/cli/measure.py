@@ -82,7 +82,7 @@ def command(
 
 
 def _sensitivity_text(profile: Profile) -> str:
-    """A row for each setting of the codes: the gradient's error with it on every block, and its time."""
+    """A row for each setting of the codes: what the gradient is with it, and its time."""
     from statistics import median
 
     from rich.table import Table
@@ -95,12 +95,30 @@ def _sensitivity_text(profile: Profile) -> str:
     title = "Saved tensors as codes, on every block that they suit"
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("setting")
-    for name in ("error of the gradient", "encode, ns an element", "decode, ns an element"):
+    noise = profile.gradient_noise.get("")
+    heads = ["error", "own", "cosine", "encode, ns", "decode, ns"]
+    for name in heads if noise is None else [*heads, "of batch variance"]:
         table.add_column(name, justify="right")
     for setting, error in largest_errors(profile.coding):
         name, fields = setting
         costs = [by[setting] for by in profile.coding.values() if setting in by]
         spent = (median(c.encode_s for c in costs), median(c.decode_s for c in costs))
+        own, cosine = max(c.own_error for c in costs), min(c.own_cosine for c in costs)
         shown = " ".join([name, *(f"{k}={v}" for k, v in fields)])
-        table.add_row(shown, f"{error:.2g}", *(f"{1e9 * seconds:.2f}" for seconds in spent))
-    return as_text(table)
+        figures = [f"{error:.2g}", f"{own:.2g}", f"{cosine:.4f}"]
+        figures += [f"{1e9 * seconds:.2f}" for seconds in spent]
+        if noise is not None:
+            figures.append(f"{(error / noise) ** 2:.2g}" if noise else "")
+        table.add_row(shown, *figures)
+    return as_text(table, "", _SENSITIVITY_NOTE + (_NOISE_NOTE if noise is not None else ""))
+
+
+_SENSITIVITY_NOTE = (
+    "error: relative L2, of the whole gradient; own: of the gradient of one block's own parameters, where it is "
+    "largest; cosine: of that gradient with the exact one, where it is least; encode and decode: of one element. "
+    "Block by block: --json, --html."
+)
+_NOISE_NOTE = (
+    " of batch variance: the error's square over that of what another batch of this size would change (standard "
+    "deviation; from the gradients of the batch's halves)."
+)

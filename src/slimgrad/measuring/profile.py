@@ -44,6 +44,8 @@ class Profile:
 
     ``compiled`` has what those blocks take once compiled that were measured so, by path; ``compile_s`` is what
     compiling the whole step took. ``coding`` has, by block, what keeping what it saves as codes was measured to cost.
+    ``gradient_noise`` is how far another batch of as many samples would take the gradient: the standard deviation as a
+    share of its length, of the whole gradient at "" and of each block's own by its path; empty where not measured.
     """
 
     fingerprint: str
@@ -70,6 +72,7 @@ class Profile:
     compiled: dict[str, CompiledCost] = field(default_factory=dict)
     compile_s: float = 0.0
     coding: dict[str, dict[Setting, CodingCost]] = field(default_factory=dict)
+    gradient_noise: dict[str, float] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:

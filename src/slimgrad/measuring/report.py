@@ -6,6 +6,7 @@ forbids it to load anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -20,6 +21,8 @@ from slimgrad.measuring.treemap import ModuleRow, treemap_svg
 from slimgrad.types import Column, format_bytes, format_seconds
 
 __all__ = [
+    "CodeCell",
+    "CodeRow",
     "MemoryReport",
     "ModuleRow",
     "PlanRow",
@@ -43,11 +46,33 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
+class CodeCell:
+    """One setting of a code on one block: the error of the block's own gradient, and what is told beside it."""
+
+    error: float
+    tip: str
+
+    @property
+    def heat(self) -> float:
+        """How dark the cell is, in percent: 0 from an error of 0.01 % down, 100 from all of the gradient up."""
+        return min(100.0, max(0.0, 25 * (4 + math.log10(max(self.error, 1e-9)))))
+
+
+@dataclass(frozen=True)
+class CodeRow:
+    """One setting of a code: its name, the error of the whole gradient with it on every block, a cell a block (None: it suits nothing)."""
+
+    name: str
+    error: float
+    cells: Sequence[CodeCell | None]
+
+
+@dataclass(frozen=True)
 class MemoryReport:
     """What the page shows. ``timelines`` go from before to after; parts left empty are left out.
 
     ``facts`` are pairs of a name and its text. ``proof`` are checks: a name, a figure, and whether it held
-    (None: shown, but nothing was promised).
+    (None: shown, but nothing was promised). ``code_blocks`` are the blocks of the cells of ``code_rows``.
     """
 
     title: str
@@ -56,6 +81,8 @@ class MemoryReport:
     budget_bytes: int | None = None
     modules: Sequence[ModuleRow] = ()
     plan_rows: Sequence[PlanRow] = ()
+    code_rows: Sequence[CodeRow] = ()
+    code_blocks: Sequence[str] = ()
     facts: Sequence[tuple[str, str]] = ()
     proof: Sequence[tuple[str, str, bool | None]] = ()
 

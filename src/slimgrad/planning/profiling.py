@@ -29,7 +29,7 @@ from slimgrad.planning.calls import call_bytes
 from slimgrad.planning.compiled_variants import Asked, compiled_variants
 from slimgrad.planning.compiling import check_steps, compiled_costs
 from slimgrad.planning.real_passes import setting_of, time_passes
-from slimgrad.planning.sensitivity import coding_costs
+from slimgrad.planning.sensitivity import coding_costs, gradient_noise
 from slimgrad.planning.settings import plain_record
 from slimgrad.planning.simulate import Layout
 from slimgrad.planning.variants import traced, variants
@@ -124,7 +124,9 @@ def _with_coding(
 ) -> Profile:
     undo = switch_off_cache(host.model)
     try:
-        return replace(profile, coding=coding_costs(host, batch, profile, progress))
+        costs = coding_costs(host, batch, profile, progress)
+        noise = gradient_noise(host, batch, list(costs))
+        return replace(profile, coding=costs, gradient_noise=noise)
     finally:
         undo()
 

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slimgrad import catalogue
+from slimgrad.batches import batch_size, narrow
 from slimgrad.code import Use
 from slimgrad.errors import LossError
 from slimgrad.host import Host
@@ -33,6 +34,7 @@ _ROUNDS = 3
 
 Costs = dict[str, dict[Setting, CodingCost]]
 Progress = Callable[[str], None]
+_Saves = tuple[type[CodedStore], tuple[Use | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,20 @@ class _Trial:
     store: CodedStore
     graph: OperationGraph
 
+    @property
+    def saves(self) -> _Saves:
+        """What tells by how much each storage counts: each method rounds other values badly."""
+        return type(self.store), self.graph.uses
+
+
+class Effect(NamedTuple):
+    """How far a step's gradient is off: the square of its relative L2 error, and that error and the cosine of the
+    gradient of a block's own parameters."""
+
+    squared_error: float
+    own_error: float
+    own_cosine: float
+
 
 def coding_costs(
     host: Host, batch: Any, profile: Profile, progress: Progress = lambda _: None
@@ -50,8 +66,7 @@ def coding_costs(
     """For each block and each setting that suits it, the seconds of its code and what it does to the gradient.
 
     One step is run as it is, and one with each setting on each of at most three blocks of one kind, from the same
-    random state; the square of the relative L2 error of the whole gradient is what is noted, interpolated between
-    those blocks. Nothing of the user's is changed.
+    random state; how far the gradient is off is interpolated between those blocks. Nothing of the user's is changed.
 
     Raises ``LossError`` where a plain step does not fit into half of the memory that is free.
     """
@@ -66,23 +81,59 @@ def coding_costs(
     costs: Costs = {}
     with untouched(host.model):
         passes = _Passes(host, batch)
-        shares = {uses: _shares(passes, alike) for uses, alike in _widest(kinds).items()}
+        shares = {key: _shares(passes, trial) for key, trial in _widest(kinds).items()}
         for number, trials in enumerate(kinds):
             setting = trials[0].store.setting
             progress(f"{number + 1} of {len(kinds)}: {setting[0]} {dict(setting[1]) or ''}")
             probes = np.unique(np.linspace(0, len(trials) - 1, _PROBES).round().astype(int))
-            errors = [
-                passes.squared_error(trials[i].path, trials[i].store, trials[i].graph)
-                for i in probes
+            found = [
+                passes.effect(trials[i].path, trials[i].store, trials[i].graph) for i in probes
             ]
             spent = _seconds(trials[0], host.device)
-            mine = _of(trials[0].store.storages, shares[trials[0].graph.uses])
-            between = np.interp(np.arange(len(trials)), probes, errors)
-            for trial, error in zip(trials, between.tolist(), strict=True):
-                if not math.isfinite(error):
+            mine = _of(trials[0].store.storages, shares[trials[0].saves])
+            places = np.arange(len(trials))
+            between = (np.interp(places, probes, values).tolist() for values in zip(*found, strict=False))
+            for trial, effect in zip(trials, zip(*between, strict=False), strict=True):
+                off = Effect(*effect)
+                if not math.isfinite(off.squared_error):
                     continue  # no gradient is left: the setting is not offered there
-                costs.setdefault(trial.path, {})[setting] = CodingCost(*spent, error, mine)
+                cost = CodingCost(*spent, off.squared_error, mine, off.own_error, off.own_cosine)
+                costs.setdefault(trial.path, {})[setting] = cost
     return costs
+
+
+def gradient_noise(host: Host, batch: Any, paths: Sequence[str]) -> dict[str, float]:
+    """How far another batch of as many samples would take the gradient, by what its halves say.
+
+    The standard deviation as a share of the gradient's length, of the whole model's gradient at "" and of the own
+    one of each block in ``paths``: |g1 - g2| / |g1 + g2| of the halves' gradients, whether the loss is a mean or a sum.
+    Empty for a batch of one sample, one that cannot be split, or whose halves the loss does not take.
+    """
+    size = batch_size(batch)
+    if size < 2:
+        return {}
+    half = size // 2
+    try:
+        with untouched(host.model):
+            passes = [
+                _gradients(host, narrow(batch, start, start + half)) for start in (0, size - half)
+            ]
+    except Exception:  # the loss is the user's: it may want a whole batch
+        return {}
+    first, second = passes
+    found: dict[str, float] = {}
+    for path in ("", *paths):
+        mine = [n for n in first.keys() & second.keys() if is_within(n, path)]
+        length = sum(_squares(first[n].double() + second[n].double()) for n in mine)
+        if length:
+            apart = sum(_squares(first[n].double() - second[n].double()) for n in mine)
+            found[path] = (apart / length) ** 0.5
+    return found
+
+
+def is_within(name: str, path: str) -> bool:
+    """Whether a parameter of this name is of the module at ``path``."""
+    return not path or name.startswith(f"{path}.")
 
 
 def _kinds(profile: Profile) -> list[list[_Trial]]:
@@ -107,41 +158,56 @@ class _Passes:
 
     def __init__(self, host: Host, batch: Any) -> None:
         self._host, self._batch, self._random = host, batch, RandomState.now()
-        self._exact = self._gradients()
-        self._size = sum(float(g.double().square().sum()) for g in self._exact.values())
+        self._exact = _gradients(host, batch)
+        self._size = sum(map(_squares, self._exact.values()))
 
-    def squared_error(self, path: str, store: CodedStore, graph: OperationGraph) -> float:
-        """The square of the gradient's relative L2 error with ``store`` on one block, in which nothing is run again."""
+    def effect(self, path: str, store: CodedStore, graph: OperationGraph) -> Effect:
+        """What the gradient is with ``store`` on one block, in which nothing is run again."""
         block = Block(path, Scope.BLOCK, host=self._host)
         undo = Undo(store.attach(block))
         try:
             undo.then(SelectiveRecompute(graph.saved).attach(block))
-            found = self._gradients()
+            self._random.restore()
+            found = _gradients(self._host, self._batch)
         finally:
             undo()
-        off = sum(float((g.double() - self._exact[n]).square().sum()) for n, g in found.items())
-        return off / self._size if self._size else 0.0
-
-    def _gradients(self) -> dict[str, Tensor]:
-        self._random.restore()
-        for share in self._host.split(self._batch):
-            checked_loss(self._host.loss_fn(self._host.model, share.batch)).backward()
-        found: dict[str, Tensor] = {}
-        for name, parameter in self._host.model.named_parameters():
-            if parameter.grad is not None:
-                found[name], parameter.grad = parameter.grad, None
-        return found
+        off = {n: _squares(g.double() - self._exact[n]) for n, g in found.items()}
+        own = [n for n in found if is_within(n, path)]
+        length = sum(_squares(self._exact[n]) for n in own)
+        lengths = length * sum(_squares(found[n]) for n in own)
+        along = sum(float((found[n].double() * self._exact[n]).sum()) for n in own)
+        return Effect(
+            sum(off.values()) / self._size if self._size else 0.0,
+            (sum(off[n] for n in own) / length) ** 0.5 if length else 0.0,
+            along / lengths**0.5 if lengths else 1.0,
+        )
 
 
-def _widest(kinds: Sequence[Sequence[_Trial]]) -> dict[tuple[Use | None, ...], _Trial]:
-    """For blocks that save the same, the first store that codes the most of it, on the one in the middle."""
-    found: dict[tuple[Use | None, ...], _Trial] = {}
+def _gradients(host: Host, batch: Any) -> dict[str, Tensor]:
+    for share in host.split(batch):
+        checked_loss(host.loss_fn(host.model, share.batch)).backward()
+    found: dict[str, Tensor] = {}
+    for name, parameter in host.model.named_parameters():
+        if parameter.grad is not None:
+            found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(tensor.double().square().sum())
+
+
+def _widest(kinds: Sequence[Sequence[_Trial]]) -> dict[_Saves, _Trial]:
+    """For each method, on blocks that save the same: the middle one of its settings that code the most, on the middle block."""
+    found: dict[_Saves, list[_Trial]] = {}
     for trials in kinds:
         middle = trials[len(trials) // 2]
-        known = found.setdefault(middle.graph.uses, middle)
-        if len(middle.store.storages) > len(known.store.storages):
-            found[middle.graph.uses] = middle
-    return found
+        known = found.setdefault(middle.saves, [])
+        if known and len(middle.store.storages) > len(known[0].store.storages):
+            known.clear()
+        if not known or len(middle.store.storages) == len(known[0].store.storages):
+            known.append(middle)
+    return {saves: alike[len(alike) // 2] for saves, alike in found.items()}
 
 
 def _shares(passes: _Passes, trial: _Trial) -> dict[int, float]:
@@ -149,7 +215,7 @@ def _shares(passes: _Passes, trial: _Trial) -> dict[int, float]:
     if len(trial.store.storages) == 1:
         return dict.fromkeys(trial.store.storages, 1.0)
     alone = ((s, replace(trial.store, storages=(s,))) for s in trial.store.storages)
-    return {s: passes.squared_error(trial.path, store, trial.graph) for s, store in alone}
+    return {s: passes.effect(trial.path, store, trial.graph).squared_error for s, store in alone}
 
 
 def _of(storages: Sequence[int], errors: Mapping[int, float]) -> tuple[tuple[int, float], ...]:

@@ -10,8 +10,18 @@ import numpy as np
 
 from slimgrad.measuring.ledger import MemoryTimeline
 from slimgrad.measuring.profile import ModuleCost, Profile
-from slimgrad.measuring.report import MemoryReport, ModuleRow, PlanRow, Timeline, save_html
+from slimgrad.measuring.report import (
+    CodeCell,
+    CodeRow,
+    MemoryReport,
+    ModuleRow,
+    PlanRow,
+    Timeline,
+    save_html,
+)
+from slimgrad.method import CodingCost
 from slimgrad.planning.plan import Plan
+from slimgrad.planning.sensitivity import largest_errors
 from slimgrad.planning.table import grouped, where
 from slimgrad.types import format_bytes, format_seconds
 
@@ -46,6 +56,8 @@ def save_report(
         plan_rows=_plan_rows(plan) if plan is not None else [],
         facts=_facts(profile, plan),
         proof=proof,
+        code_rows=_code_rows(profile) if profile is not None else [],
+        code_blocks=list(profile.coding) if profile is not None else [],
     )
     return save_html(report, path)
 
@@ -86,6 +98,33 @@ def _plan_rows(plan: Plan) -> list[PlanRow]:
         added = sum(c.added_s for c in run)
         rows.append(PlanRow(run[0].method, where(run), run[0].note, freed, added))
     return rows
+
+
+def _code_rows(profile: Profile) -> list[CodeRow]:
+    rows: list[CodeRow] = []
+    for setting, error in largest_errors(profile.coding):
+        name = " ".join([setting[0], *(f"{k}={v}" for k, v in setting[1])])
+        cells = [
+            _code_cell(name, path, by.get(setting), profile.gradient_noise.get(path))
+            for path, by in profile.coding.items()
+        ]
+        rows.append(CodeRow(name, error, cells))
+    return rows
+
+
+def _code_cell(
+    name: str, path: str, cost: CodingCost | None, noise: float | None
+) -> CodeCell | None:
+    if cost is None:
+        return None
+    lines = [
+        f"{name} on {path}",
+        f"own gradient: error {cost.own_error:.2%}, cosine {cost.own_cosine:.4f}",
+        f"whole gradient: error {cost.squared_error**0.5:.2%}",
+    ]
+    if noise:
+        lines.append(f"of the variance of batches: {(cost.own_error / noise) ** 2:.1%}")
+    return CodeCell(cost.own_error, "\n".join(lines))
 
 
 def _facts(profile: Profile | None, plan: Plan | None) -> list[tuple[str, str]]:
