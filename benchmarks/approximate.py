@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "approximate.jsonl"
 MODELS = "gpt2,smollm2,vit,t5"
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "attention")
 DEAR_S = 1e3  # what running a product again is said to cost
-CLOSE, TRIES = 0.005, 5  # of plain's activations; budgets that are tried for a share
+TRIES = 8  # budgets for a share
 
 
 def products_stay(profile: slimgrad.Profile) -> slimgrad.Profile:
@@ -46,26 +46,25 @@ def products_stay(profile: slimgrad.Profile) -> slimgrad.Profile:
 
 
 def within(profile: slimgrad.Profile, share: float, **allowed: Any) -> slimgrad.Plan | None:
-    """The fastest plan within ``share`` of plain's activations that runs no product again; None: there is none.
+    """The fastest plan within ``share`` of plain's activations that runs no product again; None: none was found.
 
-    A budget bounds what is held besides, too (weights in bfloat16 that autocast keeps until forward ends): it is
-    raised by as much as the plan's activations stay below the share.
+    A budget bounds what is held besides, too (weights in bfloat16 that autocast keeps until forward ends), so the
+    largest is looked for, by halving, under which the activations stay within the share.
     """
-    most = share * int(profile.variants[()].timeline().peak_bytes)
+    plain = int(profile.variants[()].timeline().peak_bytes)
     passes_s = float(profile.variants[()].op_seconds.sum())
-    found, budget = None, most
+    found, low, high, budget = None, share * plain, float(plain), share * plain
     for _ in range(TRIES):
         try:
             plan = slimgrad.plan(profile, int(budget), allow_compile=False, **allowed)
-        except slimgrad.BudgetError as error:
-            budget = error.smallest_bytes
-            continue
-        held = activation_bytes(plan)
-        if held <= most and plan.seconds < passes_s + DEAR_S:
-            found = plan
-        if abs(most - held) <= CLOSE * most / share:
-            break
-        budget += most - held
+        except slimgrad.BudgetError:
+            low = budget
+        else:
+            is_within = activation_bytes(plan) <= share * plain
+            is_free = plan.seconds < passes_s + DEAR_S
+            found = plan if is_within and is_free else found
+            low, high = (low, budget) if is_free and not is_within else (budget, high)
+        budget = (low + high) / 2
     return found
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from slimgrad.code import Code
+from slimgrad.code import PlacedCode
 from slimgrad.optimizers import plain_step, step_parameter
 from slimgrad.types import Column
 
@@ -83,7 +83,7 @@ class Host:
         # staging buffers of methods, for the ledger
         self.owned: list[tuple[Column, Tensor]] = []
         # for each block, by its path, the codes in which saved storages are kept, by their number
-        self.codes: dict[str, dict[int, Code]] = {}
+        self.codes: dict[str, dict[int, PlacedCode]] = {}
         self.gradient_order: list[
             Tensor
         ] = []  # parameters, in the order in which gradients completed last step

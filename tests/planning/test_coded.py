@@ -60,6 +60,31 @@ def test_no_storage_is_coded_twice_and_each_way_ends_with_a_schedule(sample: str
     assert twos or sample != "mlp"
 
 
+@pytest.mark.parametrize("sample", ["mlp", "attention"])
+def test_ways_that_keep_to_the_error_are_among_those_offered(sample: str) -> None:
+    for path, record in records_of(sensitive_profile(sample)).items():
+        if not record.coding:
+            continue
+        # the least error with which all that one store suits can be coded
+        least = min(cost.squared_error for cost in record.coding.values()) ** 0.5
+        ways = coded_ways(path, record, list(stores().values()), 1.01 * least)
+        assert any(way.record.squared_error**0.5 <= 1.01 * least for way in ways)
+
+
+def test_where_nothing_may_be_run_again_nothing_is() -> None:
+    for path, record in records_of(sensitive_profile("mlp")).items():
+        if not record.coding:
+            continue
+        assert record.graph is not None
+        ways = coded_ways(path, record, list(stores().values()), may_run_again=False)
+        assert ways
+        for way in ways:
+            held = {*way.record.kept, *way.record.moved, *(c.number for c in way.record.coded)}
+            assert held >= set(record.graph.saved)
+        free = coded_ways(path, record, list(stores().values()))
+        assert len(free) > len(ways)
+
+
 def with_errors(blocks: Any, errors: list[float], allowed: float) -> Programme:
     """A programme in which each option brings an error, one after the other from ``errors``."""
     made = programme_of(blocks, half=True, stretches=3)

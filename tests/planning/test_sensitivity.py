@@ -17,7 +17,7 @@ from tests.sample_models import SAMPLES, adamw
 from torch import Tensor, nn
 
 import slimgrad
-from slimgrad.errors import LossError
+from slimgrad.errors import LossError, MethodError, PlanError
 from slimgrad.host import Host
 from slimgrad.measuring.profile import Profile
 from slimgrad.method import Block, CodingCost, Scope, Setting
@@ -123,7 +123,7 @@ def test_the_share_of_each_tensor_is_that_of_its_own_method(
     assert len(chosen.storages) > 2
     cost = costs[chosen.setting]
     for number, share in cost.shares:
-        alone = passes.effect(path, replace(chosen, storages=(number,)), measured.graph)
+        alone = passes.effect(path, chosen.only(number), measured.graph)
         assert share * cost.squared_error == pytest.approx(alone.squared_error, rel=0.75)
 
 
@@ -159,6 +159,21 @@ def test_fake_weights_and_steps_that_do_not_fit_are_refused(
     monkeypatch.setattr(sensitivity, "is_fake", lambda _: True)
     with pytest.raises(LossError, match="real tensors"):
         coding_costs(host, batch, profile)
+
+
+@pytest.mark.parametrize("wrong", [{"error": 0}, {"error": True}, {"forbid": ["mesaa"]}])
+def test_what_cannot_be_asked_for_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    from slimgrad.verifying import slimming
+
+    def measured(*_: Any, **__: Any) -> Any:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(slimming, "measure", measured)
+    model, loss_fn, batch = SAMPLES["mlp"].make()
+    with pytest.raises((PlanError, MethodError)):
+        slimgrad.slim(model, None, loss_fn, batch, budget="50%", exactness="approximate", **wrong)
 
 
 @functools.cache

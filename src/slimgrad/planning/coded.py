@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,13 +25,30 @@ class Way:
     record: Record
 
 
-def coded_ways(path: str, record: Record, stores: Sequence[type[CodedStore]]) -> list[Way]:
-    """What the methods ``stores`` make of a block, alone and in twos, under each schedule worth it."""
+def coded_ways(
+    path: str,
+    record: Record,
+    stores: Sequence[type[CodedStore]],
+    error: float = math.inf,
+    *,
+    may_run_again: bool = True,
+) -> list[Way]:
+    """What the methods ``stores`` make of a block, alone and in twos, under each schedule worth it.
+
+    Those of the fewest bytes are taken, half of them such as keep to ``error`` (of the whole gradient) with all that
+    they code: of others a schedule may keep a part that does. Unless it ``may_run_again``, nothing of the block is.
+    """
     coded = undominated(_coded(path, record, stores), lambda way: _price(way.record))
+    leanest = sorted(coded, key=lambda way: _kept_bytes(way.record))
+    accurate = [way for way in leanest if way.record.squared_error <= error**2][: _MOST // 2]
+    others = [way for way in leanest if not any(way is a for a in accurate)]
     found: list[Way] = []
-    for way in sorted(coded, key=lambda way: _kept_bytes(way.record))[:_MOST]:
+    for way in (*accurate, *others[: _MOST - len(accurate)]):
         found += [w for w in _then(path, way, [SelectiveRecompute]) if w.record.coded]
-    return found
+    if may_run_again or record.graph is None:
+        return found
+    whole = SelectiveRecompute(record.graph.saved)
+    return [way for way in found if way.methods[-1] == whole]
 
 
 def undominated(things: Iterable[_T], price: Callable[[_T], tuple[float, ...]]) -> list[_T]:

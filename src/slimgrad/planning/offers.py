@@ -24,6 +24,7 @@ from slimgrad.method import (
     method_name,
 )
 from slimgrad.methods.activations.coded_store import CodedStore
+from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 from slimgrad.planning.calls import BlockLayout
 from slimgrad.planning.coded import coded_ways, undominated
 from slimgrad.planning.runs import chains, segments
@@ -193,7 +194,7 @@ def options(profile: Profile, scheme: Scheme, layout: Layout, allowed: Allowed) 
         record = recorded(layout.block(path))
         found += _offered(scheme, layout, record, path, single)
         if record.coding and stores:
-            coded = _coded(scheme, layout, record, path, stores)
+            coded = _coded(scheme, layout, record, path, stores, allowed)
             found += [o for o in coded if _is_within(o, profile, allowed)]
     if several and layout.trace.reads:
         for chain in chains(layout):
@@ -223,11 +224,17 @@ def _offered(
 
 
 def _coded(
-    scheme: Scheme, layout: Layout, record: Record, path: str, stores: list[type[CodedStore]]
+    scheme: Scheme,
+    layout: Layout,
+    record: Record,
+    path: str,
+    stores: list[type[CodedStore]],
+    allowed: Allowed,
 ) -> list[Option]:
     """The block with codes in place of what it saves; those left out that another is better than in every way."""
     block, found = layout.block(path), list[Option]()
-    for way in coded_ways(path, record, stores):
+    again, error = allowed.permits(SelectiveRecompute), allowed.error or 0.0
+    for way in coded_ways(path, record, stores, error, may_run_again=again):
         changed = _replayed(layout, block, way.record)
         added = (changed.seconds - record.seconds) * scheme.repeats
         spent = sum(c.encode_s + c.decode_s for c in way.record.coded) * len(block.groups)

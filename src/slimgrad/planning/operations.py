@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from slimgrad.code import Use
+from slimgrad.code import Use, origin_after
 from slimgrad.measuring.trace import Trace
 from slimgrad.method import OperationGraph
 from slimgrad.types import Column
@@ -113,9 +113,7 @@ def call_operations(
         tuple(s in dropped for s in made),
         tuple(operations),
         tuple(stages) if len(calls) > 1 else (),
-        tuple(_use(trace, s, reads) if s in dropped else None for s in made)
-        if len(calls) == 1
-        else (),  # codes are kept of single blocks
+        _uses(trace, made, dropped, reads) if len(calls) == 1 else (),  # codes: of single blocks
     )
     asked = {number[s]: reads.first_backward[s] for s in made if s in dropped}
     gone = tuple(_gone_at(trace, calls, made, reads))
@@ -126,13 +124,26 @@ def call_operations(
     return CallOperations(graph, tuple(made), tuple(outside), asked, gone, anyway)
 
 
-def _use(trace: Trace, storage: int, reads: Reads) -> Use | None:
+def _uses(
+    trace: Trace, made: Sequence[int], dropped: Container[int], reads: Reads
+) -> tuple[Use | None, ...]:
+    """What backward does with each storage of those that a block makes, in their order."""
+    found, origin = list[Use | None](), 0
+    for storage in made:
+        if len(trace.name):
+            maker = trace.names[trace.name[trace.birth[storage] - 1]]
+            origin = origin_after(maker.partition("(")[0], origin)
+        found.append(_use(trace, storage, reads, origin) if storage in dropped else None)
+    return tuple(found)
+
+
+def _use(trace: Trace, storage: int, reads: Reads, origin: int) -> Use | None:
     dtype = trace.dtypes[storage] if trace.dtypes else ""
     if not dtype:
         return None
     num_elements = int(trace.nbytes[storage]) // getattr(torch, dtype).itemsize
     readers = frozenset(reads.readers.get(storage, ()))
-    return Use(num_elements, dtype, int(trace.row[storage]), readers)
+    return Use(num_elements, dtype, int(trace.row[storage]), readers, origin)
 
 
 def made_inside(trace: Trace, calls: Sequence[int]) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,7 @@ def allowed_by(
     forbid: Sequence[str] = (),
 ) -> Allowed:
     """What the user allows; raises ``PlanError`` or ``MethodError`` for what is no rung, norm or method."""
-    is_number = isinstance(clip_grad_norm, (int, float)) and 0 < clip_grad_norm < math.inf
-    if clip_grad_norm is not None and not is_number:
+    if clip_grad_norm is not None and not _is_positive(clip_grad_norm):
         raise PlanError(f"clip_grad_norm must be a positive number or None, not {clip_grad_norm!r}")
     compiles, num_steps, rung = allow_compile is not False, check_steps(steps), _rung(exactness)
     allowed = Allowed(
@@ -236,8 +236,7 @@ def needs_sensitivity(exactness: Exactness | str, error: float | None) -> bool:
 
 def _error(error: Any, rung: Exactness) -> float | None:
     """The error that codes may bring: what was asked for, on rungs that allow any."""
-    is_number = isinstance(error, (int, float)) and 0 < error < math.inf
-    if error is not None and not is_number:
+    if error is not None and not _is_positive(error):
         raise PlanError(
             f"error must be a positive number (0.05: 5 % of the gradient) or None, not {error!r}"
         )
@@ -248,6 +247,10 @@ def _error(error: Any, rung: Exactness) -> float | None:
             )
         return None
     return DEFAULT_ERROR if error is None else float(error)
+
+
+def _is_positive(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) < math.inf
 
 
 def _rung(exactness: Exactness | str) -> Exactness:

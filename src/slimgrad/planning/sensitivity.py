@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -92,7 +92,9 @@ def coding_costs(
             spent = _seconds(trials[0], host.device)
             mine = _of(trials[0].store.storages, shares[trials[0].saves])
             places = np.arange(len(trials))
-            between = (np.interp(places, probes, values).tolist() for values in zip(*found, strict=False))
+            between = (
+                np.interp(places, probes, values).tolist() for values in zip(*found, strict=False)
+            )
             for trial, effect in zip(trials, zip(*between, strict=False), strict=True):
                 off = Effect(*effect)
                 if not math.isfinite(off.squared_error):
@@ -214,7 +216,7 @@ def _shares(passes: _Passes, trial: _Trial) -> dict[int, float]:
     """The squared error that each storage alone brings."""
     if len(trial.store.storages) == 1:
         return dict.fromkeys(trial.store.storages, 1.0)
-    alone = ((s, replace(trial.store, storages=(s,))) for s in trial.store.storages)
+    alone = ((s, trial.store.only(s)) for s in trial.store.storages)
     return {s: passes.effect(trial.path, store, trial.graph).squared_error for s, store in alone}
 
 

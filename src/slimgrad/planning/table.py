@@ -42,7 +42,7 @@ def grouped(choices: Sequence[Choice]) -> list[list[Choice]]:
         fields = sorted(
             (n, v)
             for n, v in choice.fields.items()
-            if n not in ("blocks", "keep", "move", "storages")
+            if n not in ("blocks", "keep", "move", "storages", "origins")
         )
         runs.setdefault((choice.method, str(fields)), []).append(choice)
     return list(runs.values())

@@ -18,7 +18,7 @@ from slimgrad.applying.step import Step, apply, refuse_applied
 from slimgrad.errors import BudgetError, NonFiniteLoss, VerificationError
 from slimgrad.host import LossFn
 from slimgrad.planning.arguments import check_arguments
-from slimgrad.planning.plan import Plan, needs_sensitivity, plan
+from slimgrad.planning.plan import Plan, allowed_by, needs_sensitivity, plan
 from slimgrad.planning.profiling import measure
 from slimgrad.planning.tighten import narrowed, tightened
 from slimgrad.types import Budget, BudgetLike, Exactness, format_bytes
@@ -68,6 +68,7 @@ def slim(
     """
     check_arguments(model, optimizer, loss_fn)
     asked = Budget.parse(budget)
+    allowed_by(exactness, error, allow, clip_grad_norm, allow_compile, steps, forbid)
     refuse_applied(model)
     sample = batch if largest_batch is None else largest_batch
     compiles = False if exactness == Exactness.BITWISE else allow_compile

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from slimgrad.code import Code, Use
+from slimgrad.code import Code, PlacedCode, Use
 from slimgrad.method import (
     Block,
     CodedStorage,
@@ -31,10 +31,13 @@ LEAST_BYTES = 16 * 2**10  # what is smaller is not worth a code
 class CodedStore(ABC):
     """``storages`` are kept as codes, by their number in the order in which the block's forward makes them.
 
+    ``origins`` says of each which operations made the block's storages till then: a block that runs in another mode
+    than the one planned for (dropout switched off, autocast) keeps what these did not make as it is.
     It says what is kept how, and is followed by the schedule that says what is kept at all (``selective_recompute``).
     """
 
     storages: tuple[int, ...] = ()
+    origins: tuple[int, ...] = ()
 
     column: ClassVar[Column] = Column.ACTIVATIONS
     exactness: ClassVar[Exactness]
@@ -60,7 +63,8 @@ class CodedStore(ABC):
     @property
     def setting(self) -> Setting:
         """Its name and fields, whatever the block."""
-        kept = {k: v for k, v in hyperparameters(self).items() if k != "storages"}  # pyright: ignore[reportArgumentType]
+        mine = hyperparameters(self)  # pyright: ignore[reportArgumentType]
+        kept = {k: v for k, v in mine.items() if k not in ("storages", "origins")}
         return method_name(type(self)), tuple(kept.items())
 
     @classmethod
@@ -82,7 +86,12 @@ class CodedStore(ABC):
             and use.num_elements * use.torch_dtype.itemsize >= LEAST_BYTES
             and self.suits(use)
         )
-        return replace(self, storages=suited)
+        return replace(self, storages=suited, origins=tuple(uses[s].origin for s in suited))  # pyright: ignore[reportOptionalMemberAccess]
+
+    def only(self, storage: int) -> Self:
+        """The same for one of its storages."""
+        place = self.storages.index(storage)
+        return replace(self, storages=(storage,), origins=self.origins[place : place + 1])
 
     def offer(self, block: Block) -> Offer | Refusal:
         """The block with the codes in place of ``storages``, and what they were measured to cost."""
@@ -122,7 +131,9 @@ class CodedStore(ABC):
         """Name the codes for the schedule that follows."""
         codes, path = block.live.codes, block.path
         before = codes.get(path)
-        codes[path] = (before or {}) | {number: self.code() for number in self.storages}
+        origins = self.origins or (0,) * len(self.storages)
+        placed = zip(self.storages, origins, strict=True)
+        codes[path] = (before or {}) | {s: PlacedCode(self.code(), origin) for s, origin in placed}
         if before is None:
             return Undo(lambda: codes.pop(path))
         return Undo(lambda: codes.__setitem__(path, before))

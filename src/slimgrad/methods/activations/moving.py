@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from slimgrad.code import Code
+from slimgrad.code import Code, PlacedCode
 from slimgrad.methods.activations.coded import Coded
 from slimgrad.methods.activations.values import Value
 from slimgrad.storage import Store
@@ -21,7 +21,7 @@ class Moving:
     """
 
     def __init__(
-        self, numbers: frozenset[int], store: Store | None, codes: Mapping[int, Code]
+        self, numbers: frozenset[int], store: Store | None, codes: Mapping[int, PlacedCode]
     ) -> None:
         self._numbers = numbers
         self._store = store
@@ -31,11 +31,15 @@ class Moving:
         ] = []  # for the next operation
         self._saved: list[weakref.ref[Value]] = []  # in the order in which they were saved last
 
-    def add(self, number: int | None, value: Value, tensor: Tensor) -> None:
-        """Autograd saves ``value``, which ``tensor`` shows, on the storage ``number``."""
-        code = self._codes.get(number) if number is not None else None
-        if value.is_kept or (code is None and number not in self._numbers):
+    def add(self, number: int | None, origin: int, value: Value, tensor: Tensor) -> None:
+        """Autograd saves ``value``, which ``tensor`` shows, on the storage ``number``, made by ``origin``."""
+        placed = self._codes.get(number) if number is not None else None
+        if value.is_kept or (placed is None and number not in self._numbers):
             return
+        if placed is not None and not placed.is_for(origin):  # the block runs in another mode
+            value.keep(tensor)
+            return
+        code = placed.code if placed is not None else None
         if value.num_handles == 1 and value.stored is None:
             whole = whole_storage(tensor)
             if whole is None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slimgrad.code import origin_after
 from slimgrad.measuring.trace import written_arguments
 from slimgrad.methods.activations.moving import Moving
 from slimgrad.methods.activations.schedules import Holding
@@ -82,6 +83,8 @@ class Tape(TorchDispatchMode):
         self._index = itertools.count()
         self._newest: dict[int, Value] = {}  # of each storage met, by its cdata
         self._number: dict[int, int] = {}  # of each storage made here
+        self._origin: dict[int, int] = {}  # and what was done till then
+        self._done = 0
         self._filled: set[int] = set()
         self._asked: dict[int, list[weakref.ref[Value]]] = {}  # by stage
         self._hooks: Any = None
@@ -187,6 +190,7 @@ class Tape(TorchDispatchMode):
             if key not in self._newest:  # neither a view nor an argument returned
                 if tensor.device.type == self._device.type:  # what is elsewhere stays there
                     self._number[key] = len(self._number)
+                    self._origin[key] = self._done = origin_after(name, self._done)
                 self._makes(operation, position, tensor, repeatable)
                 if name not in _EMPTY:
                     self._filled.add(key)
@@ -226,7 +230,7 @@ class Tape(TorchDispatchMode):
         if value.num_handles == 1:
             self._asked.setdefault(value.stage, []).append(weakref.ref(value))
         if self._moving is not None:
-            self._moving.add(self._number.get(key), value, tensor)
+            self._moving.add(self._number.get(key), self._origin.get(key, 0), value, tensor)
         return Handle(value, Geometry.of(tensor), self)
 
     # -- backward --------------------------------------------------------------------------------------

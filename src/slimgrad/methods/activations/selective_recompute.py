@@ -289,8 +289,12 @@ class SelectiveRecompute:
             coded=coded,
             squared_error=error,
         )
-        freed = format_bytes(record.saved_bytes - kept_bytes - moved_bytes)
-        note = f"{freed} made again by {len(again)} of {len(graph.operations)} operations"
+        gone = sum(graph.num_bytes[s] for s in graph.saved if s not in {*self.keep, *move})
+        note = (
+            f"{format_bytes(gone)} made again by {len(again)} of {len(graph.operations)} operations"
+        )
+        if not gone:
+            note = "nothing made again"
         return Offer(changed, f"{note}, {format_bytes(moved_bytes)} moved" if move else note)
 
     def attach(self, block: Block) -> Undo:
