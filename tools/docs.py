@@ -43,6 +43,8 @@ def page(cls: Callable[..., Any]) -> str:
             f"## {header}",
             f"```text\n{method[key]}\n```" if header == "Formula" else method[key],
         ]
+    if method["usage"]:
+        lines += ["## Use", f"```python\n{method['usage']}\n```"]
     lines += ["## Hyperparameters", _fields(method)]
     lines += ["## Cite", f"```bibtex\n{bibtex(cls)}\n```"]
     return "\n\n".join(lines) + "\n"

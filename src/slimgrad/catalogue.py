@@ -14,6 +14,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -230,8 +232,8 @@ def card(method: Method | Callable[..., Any]) -> Card:
 def describe(method: Method | Callable[..., Any]) -> dict[str, Any]:
     """A method's or component's card, declarations and hyperparameters as plain values, for JSON and the docs.
 
-    ``scope`` is what a method is offered to; a component, which no plan chooses, is for ``your code``, and
-    its ``fields`` are the arguments that have defaults.
+    ``scope`` is what a method is offered to; a component, which no plan chooses, is for ``your code``,
+    its ``fields`` are the arguments that have defaults, and ``usage`` is how it is imported and called.
     """
     declared = getattr(method, "component", None)
     defined: Any = method if hasattr(method, "__qualname__") else type(method)
@@ -245,7 +247,25 @@ def describe(method: Method | Callable[..., Any]) -> dict[str, Any]:
         "scope": _YOURS if declared else str(defined.scope),
         "paper": {**dataclasses.asdict(paper), "link": paper.link},
         "fields": _arguments(defined) if declared else _fields(method),
+        "usage": _usage(defined) if declared else "",
     }
+
+
+def _usage(defined: Any) -> str:
+    """The import, and each name's signature and docstring: the component's, and what its module names beside it."""
+    module: Any = sys.modules[defined.__module__]
+    beside = [n for n in getattr(module, "__all__", ()) if n != defined.__name__]
+    parts = [f"from {defined.__module__} import {', '.join([defined.__name__, *beside])}"]
+    for found in (defined, *(getattr(module, name) for name in beside)):
+        signature = re.sub(
+            r"""(: |-> )(['"])(.*?)\2(?=[,)]| = |$)""", r"\1\3", str(inspect.signature(found))
+        ).removesuffix(" -> None")
+        parts.append(f"{found.__name__}{signature}\n{textwrap.indent(_told(found), '    ')}")
+    return "\n\n".join(parts)
+
+
+def _told(found: Any) -> str:
+    return inspect.getdoc(found) or ""
 
 
 def offered_to(described: Mapping[str, Any]) -> str:

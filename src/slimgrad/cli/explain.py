@@ -37,6 +37,9 @@ def command(name: str, as_json: bool) -> None:
     for key, title in _PARTS.items():
         console.print(f"\n{title}", style="bold")
         console.print(textwrap.indent(method[key], "  "))
+    if method["usage"]:
+        console.print("\nUse", style="bold")
+        console.print(textwrap.indent(method["usage"], "  "))
     if method["fields"]:
         console.print("\nHyperparameters", style="bold")
         for field, value in method["fields"].items():
