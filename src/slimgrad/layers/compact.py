@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slimgrad.coding.projection import rank_of
 from slimgrad.errors import MethodError, UnsupportedError
 from slimgrad.layers.compaction import Compaction, Projected, link
 from slimgrad.layers.replaced_forward import replace_forward
@@ -112,7 +113,7 @@ def compact(
             projected = Projected((seed, number), len(group))
             for linear in group:
                 undo.then(replace_forward(linear, _forward))
-                rank = max(1, round(ratio * linear.in_features))
+                rank = rank_of(linear.in_features, ratio)
                 undo.then(_compacted(linear, Compaction(linear.weight, rank, projected)))
     except UnsupportedError:
         undo()
