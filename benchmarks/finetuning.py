@@ -6,8 +6,8 @@ Tasks are those of ``tasks.py``: ``vit`` and ``cnn`` learn the handwritten digit
 is fine-tuned, every parameter, to tell from 32 tokens which of eight topics of Python's documentation they are of,
 ``smollm2`` to tell the next token. For each setting of each store and each seed: initial weights, order of batches and
 random draws are exact training's; what the store suits is kept as codes in every block. Methods that replace layers
-stand beside them (``LAYERS``), ``compact`` with an optimizer of its own at the best rate of those tried on seed 9, which no
-row is of. Written down: the loss of every step, the accuracy on what was not trained on, the bytes of the ledger's
+stand beside them (``LAYERS``), ``compact`` with an optimizer of its own at the task's rate and at the best of those tried on
+seed 9, which no row is of. Written down: the loss of every step, the accuracy on what was not trained on, the bytes of the ledger's
 activations, the relative L2 error of the first gradient, and what ``measure(sensitivity=True)`` says that it would be.
 With ``--seeds 0`` nothing is trained: one row a setting, of the bytes and the error. Rows of other tasks, stores,
 settings and seeds stay in the file.
@@ -34,7 +34,8 @@ from slimgrad.layers.compact_adam import CompactAdam
 from slimgrad.layers.compaction import compaction_of
 from slimgrad.layers.gradient_filter import gradient_filter
 from slimgrad.layers.memory_sharing_norm import memory_sharing_norm
-from slimgrad.method import Block, Offer, Scope, Setting, Undo
+from slimgrad.method import Block, Offer, Record, Scope, Setting, Undo
+from slimgrad.methods.activations.approx_bp import ApproxBp
 from slimgrad.methods.activations.coded_store import CodedStore
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 from slimgrad.planning.settings import block_record, layout_of, model_record
@@ -76,30 +77,26 @@ class Coded:
         return undo
 
 
+def records(profile: slimgrad.Profile) -> Iterator[tuple[str, Record]]:
+    """Each block's path and record."""
+    layout, model = layout_of(profile, profile.variants[()]), model_record(profile, 1, None)
+    for path, block in layout.blocks.items():
+        yield path, block_record(profile, layout, block, model=model)
+
+
 def coded_settings(profile: slimgrad.Profile) -> dict[Setting, Coded]:
     """Each setting that was measured, on all blocks."""
-    layout, model = layout_of(profile, profile.variants[()]), model_record(profile, 1, None)
     found: dict[Setting, Coded] = {}
-    for path, block in layout.blocks.items():
-        record = block_record(profile, layout, block, model=model)
+    for path, record in records(profile):
         for name, fields in record.coding:
-            asked = Block(path, Scope.BLOCK, record)
             store = slimgrad.catalogue.get(name, **dict(fields)).on(record)
-            offer = store.offer(asked)
+            offer = store.offer(Block(path, Scope.BLOCK, record))
             if not isinstance(offer, Offer):
                 continue
             coded = found.setdefault((name, fields), Coded({}))
             coded.stores[path] = store, SelectiveRecompute(record.graph.saved)
             coded.squared_error += offer.record.squared_error
     return found
-
-
-def measured_settings(chosen: Task, change: Callable[[nn.Module], object]) -> dict[Setting, Coded]:
-    """The settings for the task's model once ``change`` has been made to it."""
-    model, batch = fresh(chosen, 0), next(batches(chosen, 0))
-    change(model)
-    keywords = {"allow_compile": False, "sensitivity": True}
-    return coded_settings(slimgrad.measure(model, None, loss_of, batch, **keywords))
 
 
 def filtered(chosen: Task) -> Iterator[tuple[dict[str, Any], Way]]:
@@ -119,25 +116,29 @@ def compacted(chosen: Task) -> Iterator[tuple[dict[str, Any], Way]]:
         names = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != "head"]
         return compact(model, layers=names)
 
-    lr = COMPACT_RATES[chosen.name]
     optimizer = functools.partial(CompactAdam, weight_decay=1e-2)  # AdamW's
-    yield {"ratio": 0.25, "lr": lr}, Way(attach, optimizer=optimizer, lr=lr)
+    for lr in (chosen.lr, COMPACT_RATES[chosen.name]):
+        yield {"ratio": 0.25, "lr": lr}, Way(attach, optimizer=optimizer, lr=lr)
 
 
 def low_memory(chosen: Task) -> Iterator[tuple[dict[str, Any], Way]]:
     """``approx_bp`` and norms that share what they keep, as one method."""
-    settings = measured_settings(chosen, memory_sharing_norm)
-    for (name, fields), coded in settings.items():
-        if name == "approx_bp":
+    model, batch = fresh(chosen, 0), next(batches(chosen, 0))
+    memory_sharing_norm(model)
+    profile = slimgrad.measure(model, None, loss_of, batch, allow_compile=False)
+    coded = Coded({})
+    for path, record in records(profile):
+        for store in ApproxBp.grades(Block(path, Scope.BLOCK, record)):
+            coded.stores[path] = store, SelectiveRecompute(record.graph.saved)
 
-            def attach(model: nn.Module, coded: Coded = coded) -> Undo:
-                return Undo(memory_sharing_norm(model), coded.attach(model))
+    def attach(model: nn.Module) -> Undo:
+        return Undo(memory_sharing_norm(model), coded.attach(model))
 
-            yield dict(fields), Way(attach, coded.squared_error**0.5)
+    yield {}, Way(attach)
 
 
 LAYERS = {"gradient_filter": filtered, "compact": compacted, "low_memory_bp": low_memory}
-COMPACT_RATES = {"vit": 1e-3, "minilm": 2e-4}
+COMPACT_RATES = {"vit": 2e-3, "minilm": 4e-4}
 OF_TASK = {
     "cnn": ("gradient_filter",),
     "vit": ("compact", "low_memory_bp"),
@@ -151,7 +152,10 @@ def ways(chosen: Task, stores: set[str]) -> Iterator[tuple[str, dict[str, Any], 
     yield "exact", {}, EXACT
     replaced = {name for name in OF_TASK[chosen.name] if not stores or name in stores}
     if not stores or stores - LAYERS.keys():
-        for (name, fields), coded in measured_settings(chosen, lambda model: None).items():
+        model, batch = fresh(chosen, 0), next(batches(chosen, 0))
+        keywords = {"allow_compile": False, "sensitivity": True}
+        profile = slimgrad.measure(model, None, loss_of, batch, **keywords)
+        for (name, fields), coded in coded_settings(profile).items():
             if not stores or name in stores:
                 yield name, dict(fields), Way(coded.attach, coded.squared_error**0.5)
     for name in sorted(replaced):
