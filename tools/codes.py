@@ -16,6 +16,8 @@ from typing import Any
 from pages import asked_to_check, rows_in, table, written_or_checked
 from topics_section import section
 
+from slimgrad.types import format_bytes
+
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "finetuning.jsonl"
 PAGE = ROOT / "docs" / "codes.md"
@@ -75,37 +77,55 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _model(model: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    exact = {row["seed"]: row for row in rows if row["store"] == "exact"}
-    first = rows[0]
-    loss, accuracy = mean(map(_loss, exact.values())), mean(r["accuracy"] for r in exact.values())
-    facts = f"{len(exact)} seeds, {len(first['losses'])} steps; {first['machine']['processor']}; {first['date']}"
+    exact = {row.get("seed"): row for row in rows if row["store"] == "exact"}
+    first = next(iter(exact.values()))
+    days = sorted({row["date"] for row in rows})
+    where = f"{first['machine']['processor']}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["store"]):
         if row["store"] != "exact":
             told = ", ".join(
-                f"{k} {v}" for k, v in row["setting"].items() if k not in ("seed", "momentum")
+                f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
+                for k, v in row["setting"].items()
+                if k not in ("seed", "momentum")
             )
             groups.setdefault(f"`{row['store']}` {told}".strip(), []).append(row)
-    header = ("store", "activations", "error", "measured before", "loss", "accuracy")
-    cells = [_cells(name, group, exact) for name, group in groups.items()]
+    header = ("store", "activations", "error", "measured before")
+    cells = [_first_step(name, group[0]) for name, group in groups.items()]
+    if "losses" not in first:
+        size = format_bytes(first["activation_bytes"])
+        return [
+            f"## {model}",
+            f"First gradient alone; {where}. Exact: activations of {size}.",
+            table(header, cells),
+        ]
+    loss, accuracy = mean(map(_loss, exact.values())), mean(r["accuracy"] for r in exact.values())
+    facts = f"{len(exact)} seeds, {len(first['losses'])} steps; {where}"
+    cells = [
+        (*told, *_training(group, exact))
+        for told, group in zip(cells, groups.values(), strict=True)
+    ]
     return [
         f"## {model}",
         f"{facts}. Exact: loss {loss:.4f}, accuracy {accuracy:.1%}.",
-        table(header, cells),
+        table((*header, "loss", "accuracy"), cells),
     ]
 
 
-def _cells(
-    name: str, group: Sequence[dict[str, Any]], exact: dict[int, dict[str, Any]]
-) -> tuple[str, ...]:
-    losses = [_loss(row) / _loss(exact[row["seed"]]) - 1 for row in group]
-    points = [100 * (row["accuracy"] - exact[row["seed"]]["accuracy"]) for row in group]
-    first = group[0]
+def _first_step(name: str, row: dict[str, Any]) -> tuple[str, ...]:
+    before = row["predicted_error"]
     return (
         name,
-        f"{first['activation_ratio']:.2f}",
-        f"{first['gradient_error']:.2%}",
-        f"{first['predicted_error']:.2%}",
+        f"{row['activation_ratio']:.2f}",
+        f"{row['gradient_error']:.2%}",
+        "–" if before is None else f"{before:.2%}",
+    )
+
+
+def _training(group: Sequence[dict[str, Any]], exact: dict[int, dict[str, Any]]) -> tuple[str, str]:
+    losses = [_loss(row) / _loss(exact[row["seed"]]) - 1 for row in group]
+    points = [100 * (row["accuracy"] - exact[row["seed"]]["accuracy"]) for row in group]
+    return (
         f"{mean(losses):+.1%} ± {_spread(losses):.1%}",
         f"{mean(points):+.1f} ± {_spread(points):.1f}",
     )
