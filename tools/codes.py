@@ -108,7 +108,7 @@ def _model(model: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     days = sorted({row["date"] for row in rows})
     where = f"{first['machine']['processor']}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["store"]):
+    for row in sorted(rows, key=_place):
         if row["store"] != "exact":
             told = ", ".join(
                 f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
@@ -136,6 +136,12 @@ def _model(model: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         f"{facts}. Exact: loss {loss:.4f}, accuracy {accuracy:.1%}.",
         table((*header, "loss", "accuracy"), cells),
     ]
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Stores by name, the largest numbers of a setting first."""
+    numbers = (v for v in row["setting"].values() if isinstance(v, int | float))
+    return row["store"], *(-v for v in numbers)
 
 
 def _first_step(name: str, row: dict[str, Any]) -> tuple[str, ...]:
