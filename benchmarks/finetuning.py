@@ -39,6 +39,7 @@ from slimgrad.methods.activations.approx_bp import ApproxBp
 from slimgrad.methods.activations.coded_store import CodedStore
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 from slimgrad.planning.settings import block_record, layout_of, model_record
+from slimgrad.types import Column
 from slimgrad.verifying.gradient import captured_gradients, relative_error
 from tasks import Task, batches, fresh, loss_of, task
 
@@ -77,24 +78,26 @@ class Coded:
         return undo
 
 
-def records(profile: slimgrad.Profile) -> Iterator[tuple[str, Record]]:
-    """Each block's path and record."""
+def records(profile: slimgrad.Profile) -> Iterator[tuple[str, Record, SelectiveRecompute]]:
+    """Each block's path and record, and the schedule in which nothing is run again."""
     layout, model = layout_of(profile, profile.variants[()]), model_record(profile, 1, None)
     for path, block in layout.blocks.items():
-        yield path, block_record(profile, layout, block, model=model)
+        record = block_record(profile, layout, block, model=model)
+        if record.graph is not None:
+            yield path, record, SelectiveRecompute(record.graph.saved)
 
 
 def coded_settings(profile: slimgrad.Profile) -> dict[Setting, Coded]:
     """Each setting that was measured, on all blocks."""
     found: dict[Setting, Coded] = {}
-    for path, record in records(profile):
+    for path, record, schedule in records(profile):
         for name, fields in record.coding:
             store = slimgrad.catalogue.get(name, **dict(fields)).on(record)
             offer = store.offer(Block(path, Scope.BLOCK, record))
             if not isinstance(offer, Offer):
                 continue
             coded = found.setdefault((name, fields), Coded({}))
-            coded.stores[path] = store, SelectiveRecompute(record.graph.saved)
+            coded.stores[path] = store, schedule
             coded.squared_error += offer.record.squared_error
     return found
 
@@ -127,9 +130,9 @@ def low_memory(chosen: Task) -> Iterator[tuple[dict[str, Any], Way]]:
     memory_sharing_norm(model)
     profile = slimgrad.measure(model, None, loss_of, batch, allow_compile=False)
     coded = Coded({})
-    for path, record in records(profile):
+    for path, record, schedule in records(profile):
         for store in ApproxBp.grades(Block(path, Scope.BLOCK, record)):
-            coded.stores[path] = store, SelectiveRecompute(record.graph.saved)
+            coded.stores[path] = store, schedule
 
     def attach(model: nn.Module) -> Undo:
         return Undo(memory_sharing_norm(model), coded.attach(model))
@@ -153,8 +156,9 @@ def ways(chosen: Task, stores: set[str]) -> Iterator[tuple[str, dict[str, Any], 
     replaced = {name for name in OF_TASK[chosen.name] if not stores or name in stores}
     if not stores or stores - LAYERS.keys():
         model, batch = fresh(chosen, 0), next(batches(chosen, 0))
-        keywords = {"allow_compile": False, "sensitivity": True}
-        profile = slimgrad.measure(model, None, loss_of, batch, **keywords)
+        profile = slimgrad.measure(
+            model, None, loss_of, batch, allow_compile=False, sensitivity=True
+        )
         for (name, fields), coded in coded_settings(profile).items():
             if not stores or name in stores:
                 yield name, dict(fields), Way(coded.attach, coded.squared_error**0.5)
@@ -175,7 +179,7 @@ def first_gradient(chosen: Task, way: Way) -> tuple[dict[str, Tensor], int]:
         if compaction is not None and (lifted := compaction.lifted()) is not None:
             found[name] = lifted
     undo()
-    return found, int(max(ledger.timeline.columns["activations"]))
+    return found, int(max(ledger.timeline.columns[Column.ACTIVATIONS]))
 
 
 def trained(chosen: Task, seed: int, way: Way) -> tuple[list[float], float]:

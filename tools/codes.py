@@ -103,7 +103,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _model(model: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    exact = {row.get("seed"): row for row in rows if row["store"] == "exact"}
+    exact = {row.get("seed", 0): row for row in rows if row["store"] == "exact"}
     first = next(iter(exact.values()))
     days = sorted({row["date"] for row in rows})
     where = f"{first['machine']['processor']}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
