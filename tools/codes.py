@@ -37,8 +37,8 @@ alone (`python benchmarks/finetuning.py`). Weights, order of batches and draws a
 training's; figures are means over seeds, differences paired by seed, ± their standard deviation. *Activations*: the ledger's
 most, as a part of exact training's. *Error* is the relative
 L2 error of the first gradient, *measured before* what `measure(sensitivity=True)` said that it would be: the squares of what
-three blocks of a kind bring one at a time, interpolated and added. That is no bound where many blocks are coded and errors pass
-on from one to the next: of the 30 blocks of `smollm2` the stores that leave inputs' gradients exact (`stochastic_store`,
+three blocks of a kind bring one at a time, interpolated and added. That is an estimate and no bound, for blocks between may be
+more sensitive than the three: of the 30 of `smollm2`, the stores that leave inputs' gradients exact (`stochastic_store`,
 `velora`, `wta_crs`, `projected_store`) stay below it, all others are above. `slim` verifies the gradient of the plan that it
 made, and plans again for a smaller error where it is off by more than allowed. Loss: the mean of
 the last 10 training steps, against exact training's. Accuracy: points on what was not trained on.
