@@ -5,8 +5,8 @@ Formula: a row x of width D is kept as z = x P and comes back as z P^T, P of (D,
 Memory: activations: ratio of the inputs that linear layers save; P is not kept: temporaries of 1 MiB, in float32, while it is
     made. Time: random numbers and a product forward, the same again backward; the layer's own products are all there.
 Exactness: unbiased: gradients of inputs are exact, and the mean over draws of those of weights; ``error`` bounds their variance
-    by what ``measure(sensitivity=True)`` found on one draw: about 1 / ratio times the square of the gradient where rows
-    differ, so that a bound allows it on few blocks.
+    by what ``measure(sensitivity=True)`` found on one draw: about 1 / ratio times the square of the weights' gradient, so that
+    a bound below 1 allows it on few blocks.
 Limits: tensors that backward uses in matrix products alone, made inside the block, 16 KiB and more. Rows are those of the
     tensor's fastest dimension.
 References: Shamshoum et al. (2024), figure 2. *departs:* attached to saved tensors, so that the gradient is as wide as the
