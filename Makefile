@@ -82,7 +82,9 @@ bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/budgets.py
 	$(BIN)/python benchmarks/activations.py
 	$(BIN)/python benchmarks/approximate.py
-	$(BIN)/python benchmarks/finetuning.py
+	$(BIN)/python benchmarks/finetuning.py --tasks vit,cnn
+	$(BIN)/python benchmarks/finetuning.py --tasks minilm --steps 50
+	$(BIN)/python benchmarks/finetuning.py --tasks smollm2 --seeds 0
 	$(BIN)/python benchmarks/adapters.py --ways lora,meft,full,low_memory_bp,velora --steps 24
 	$(BIN)/python benchmarks/adapters.py --ways lora,lemo,random --window 1024 --steps 12
 	$(BIN)/python benchmarks/adapters.py --ways low_memory_bp,meft,full --window 1024 --steps 2

@@ -17,7 +17,7 @@ def write_rows(
 ) -> None:
     """Write every row of every group; what is there already is written again after each group.
 
-    With ``key``, rows of an earlier run stay unless a new one has the same values of these fields.
+    With ``key``, rows of an earlier run stay unless a new one has the same values of these fields, or lacks them too.
     """
     machine, day = asdict(this_machine()), datetime.date.today().isoformat()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def write_rows(
     for group in groups:
         new = [{**row, "machine": machine, "date": day} for row in group]
         if key:
-            told = [[row[k] for k in key] for row in new]
-            rows = [row for row in rows if [row[k] for k in key] not in told]
+            told = [[row.get(k) for k in key] for row in new]
+            rows = [row for row in rows if [row.get(k) for k in key] not in told]
         rows += new
         path.write_text("\n".join(json.dumps(row, default=str) for row in rows) + "\n")

@@ -24,11 +24,12 @@ import torch
 from torch import nn
 
 import slimgrad
-from finetuning import LAST, Batch, Task, batches, fresh, loss_of, task
+from finetuning import LAST
 from rows import write_rows
 from slimgrad.layers.meft import meft
 from slimgrad.methods.gradients.sparse_update import sparse_update
 from slimgrad.types import Column
+from tasks import Batch, Task, batches, fresh, loss_of, task
 
 RESULTS = Path(__file__).parent / "results" / "topics.jsonl"
 KEY = ("way", "seed", "steps", "lr", "head_lr")

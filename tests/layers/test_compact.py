@@ -272,7 +272,9 @@ def test_what_it_refuses():
     with pytest.raises(UnsupportedError, match="none in LayerNorm"):
         compact(nn.LayerNorm(3))
     model = small_model(width=16)
-    with pytest.raises(UnsupportedError, match="output layer, at 'embed'"):
+    with pytest.raises(
+        UnsupportedError, match=r"expected an nn\.Linear with a weight of its own.* at 'embed'"
+    ):
         compact(model, layers=["embed"])
     model.head.weight = model.embed.weight
     with pytest.raises(UnsupportedError, match="at 'head'"):
@@ -294,6 +296,37 @@ def test_what_it_refuses():
     (g,) = torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
     with pytest.raises(UnsupportedError, match="double backward"):
         g.sum().backward()
+
+
+def test_the_output_layer_of_an_attention_is_left_as_it_is():
+    """``nn.MultiheadAttention`` reads its weight and never calls it: no small gradient would come."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    expected = layer.self_attn.out_proj.weight.grad
+    layer.zero_grad()
+    compact(layer)
+    optimizer = CompactAdam(layer.parameters(), lr=1e-2)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.self_attn.out_proj.weight.grad, expected)
+    assert layer.linear1.weight.grad is None
+    optimizer.step()
+    assert not [n for n, p in layer.named_parameters() if torch.equal(p, before[n])]
+    with pytest.raises(UnsupportedError, match=r"at 'self_attn\.out_proj'"):
+        compact(nn.TransformerEncoderLayer(16, 2, 32), layers=["self_attn.out_proj"])
+
+
+def test_a_gradient_beside_the_small_one_is_not_lost_silently():
+    linear, x = nn.Linear(6, 4), torch.randn(3, 6)
+    compact(linear, 0.5)
+    optimizer = CompactAdam(linear.parameters(), lr=1e-2)
+    (linear(x).sum() + linear.weight.square().sum()).backward()
+    with pytest.raises(UnsupportedError, match=r"\(4, 6\) to be read by its layer's forward alone"):
+        optimizer.step()
+    optimizer.zero_grad()
+    linear(x).sum().backward()
+    optimizer.step()
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ Exactness: unbiased: the lifted gradient over seeds, its variance about D / R ti
     is autograd's. Adam's update is no longer Adam's. A byte model of 3 layers, width 96, on Python's documentation, R / D = 1/4,
     8 x 64 bytes a step: peak 26.7 % lower; held out after 300 steps 2.220 nats (P drawn anew every 50), 2.204 (every 200),
     against Adam's 2.173 (best of three rates) and 2.340 with frozen layers.
-Limits: ``nn.Linear`` with weights of its own: tied ones, and a Hugging Face model's output layer, are left as they are, and raise
-    ``UnsupportedError`` where they are named. ``weight.grad`` stays None: optimizers other than ``CompactAdam`` do not train these
+Limits: ``nn.Linear`` with weights of its own: tied ones, a Hugging Face model's output layer, and that of ``nn.MultiheadAttention``, whose
+    forward nobody calls, are left as they are, and raise ``UnsupportedError`` where they are named. ``weight.grad`` stays None: optimizers other than ``CompactAdam`` do not train these
     weights, ``model.zero_grad()`` and gradient clipping do not know the small gradients. What an attention kernel or an
     activation function keeps of the same tensor stays. No second derivatives.
 References: Shamshoum et al. (2024), figure 2, and the authors' linear layer and optimizers. *departs:* one seed for the layers that stand beside each
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slimgrad.coding.projection import rank_of
 from slimgrad.errors import MethodError, UnsupportedError
 from slimgrad.layers.compaction import Compaction, Projected, link
 from slimgrad.layers.replaced_forward import replace_forward
@@ -112,7 +113,7 @@ def compact(
             projected = Projected((seed, number), len(group))
             for linear in group:
                 undo.then(replace_forward(linear, _forward))
-                rank = max(1, round(ratio * linear.in_features))
+                rank = rank_of(linear.in_features, ratio)
                 undo.then(_compacted(linear, Compaction(linear.weight, rank, projected)))
     except UnsupportedError:
         undo()
@@ -138,10 +139,12 @@ def _chosen(model: nn.Module, layers: Collection[str] | None) -> dict[str, nn.Li
         for parameter in module._parameters.values():
             owners[id(parameter)] += 1
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    attentions = [m for m in modules.values() if isinstance(m, nn.MultiheadAttention)]
+    left = {id(head), *(id(attention.out_proj) for attention in attentions)}
 
     def may_be(module: Any) -> bool:
         is_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        return is_linear and module is not head and owners[id(module.weight)] == 1
+        return is_linear and id(module) not in left and owners[id(module.weight)] == 1
 
     names = (
         [name for name, module in modules.items() if may_be(module)] if layers is None else layers
@@ -151,7 +154,8 @@ def _chosen(model: nn.Module, layers: Collection[str] | None) -> dict[str, nn.Li
         module: Any = modules.get(name)
         if not may_be(module):
             raise UnsupportedError(
-                f"expected an nn.Linear with a weight of its own, and not the output layer, at {name!r}, found {module}"
+                f"expected an nn.Linear with a weight of its own, and not the output layer or an nn.MultiheadAttention's, "
+                f"at {name!r}, found {module}"
             )
         found[name] = module
     if not found:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgrad.errors import MethodError
+from slimgrad.errors import MethodError, UnsupportedError
 from slimgrad.layers.compaction import Compaction, compaction_of
 
 
@@ -20,7 +20,8 @@ class CompactAdam(torch.optim.Optimizer):
 
     ``gap`` is after how many updates of a weight its projection is drawn anew; moments are kept then. ``scale``
     is for weights in a reduced space alone; weight decay is decoupled, for all. Clear gradients by this optimizer's
-    ``zero_grad``: the model's does not know the small ones. Raises MethodError for values out of bounds.
+    ``zero_grad``: the model's does not know the small ones. Raises MethodError for values out of bounds; ``step`` raises
+    UnsupportedError where a weight in a reduced space has a gradient of its own, which would be lost.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class CompactAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 compaction = compaction_of(parameter)
-                grad = parameter.grad if compaction is None else compaction.gradient
+                grad = (
+                    parameter.grad if compaction is None else _small_gradient(parameter, compaction)
+                )
                 if grad is not None:
                     self._update(parameter, grad, compaction, group)
         return loss
@@ -94,6 +97,15 @@ class CompactAdam(torch.optim.Optimizer):
         projection_DR = compaction.projection(direction)
         parameter.addmm_(direction, projection_DR.T, alpha=-group["lr"] * group["scale"])
         compaction.num_refreshes = state["step"] // group["gap"]
+
+
+def _small_gradient(parameter: Tensor, compaction: Compaction) -> Tensor | None:
+    if parameter.grad is not None:
+        raise UnsupportedError(
+            f"expected a weight of {tuple(parameter.shape)} to be read by its layer's forward alone, found a gradient of its own: "
+            "name other layers to compact, and clear gradients that are older"
+        )
+    return compaction.gradient
 
 
 def _normalized(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimgrad.coding.projection import directions, seeded
 from slimgrad.measuring.fake import is_fake
 
 
@@ -60,12 +61,8 @@ class Compaction:
     def projection(self, like: Tensor) -> Tensor:
         """P of (D, R), on the device and in the dtype of ``like``; the same again until it is refreshed."""
         words = np.random.SeedSequence([*self.projected.seed, self.num_refreshes, self.width])
-        generator = torch.Generator(like.device)
-        generator.manual_seed(int(words.generate_state(1, np.uint64)[0]) >> 1)
-        place: dict[str, Any] = {"generator": generator, "device": like.device}
-        wide = torch.promote_types(like.dtype, torch.float32)
-        drawn_DR = torch.randn(self.width, self.rank, dtype=wide, **place)
-        return drawn_DR.mul_(self.rank**-0.5).to(like.dtype)
+        generator = seeded(int(words.generate_state(1, np.uint64)[0]) >> 1, like.device)
+        return directions((self.width, self.rank), self.rank, like, generator)
 
     def leaf(self, weight: Tensor) -> Tensor:
         """A tensor of (O, R) with the storage of one number, whose ``grad`` the small gradient becomes."""
