@@ -77,14 +77,17 @@ class Mlp(nn.Module):
         return x_ND + self.down(nn.functional.gelu(self.up(x_ND)))
 
 
-def test_between_the_blocks_that_are_tried_errors_are_interpolated(
+def test_one_setting_tells_how_blocks_differ_and_others_how_much_worse_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tried: list[str] = []
+    """Blocks err by the square of their place and one; codes of four bits 3 + place / 8 times as much."""
+    tried: dict[str, list[str]] = {}
 
-    def numbered(_: Any, path: str, *__: Any) -> sensitivity.Effect:
-        tried.append(path)
-        return sensitivity.Effect(float(int(path) ** 2), float(path), 1 - float(path) / 8)
+    def numbered(_: Any, path: str, store: Any, *__: Any) -> sensitivity.Effect:
+        tried.setdefault(str(store.setting), []).append(path)
+        worse = 3 + float(path) / 8 if dict(store.setting[1]).get("bits") == 4 else 1.0
+        square = worse * (1 + float(path)) ** 2
+        return sensitivity.Effect(square, square / 100, 1 - square / 1000)
 
     monkeypatch.setattr(sensitivity._Passes, "effect", numbered)
     model, batch = nn.Sequential(*(Mlp() for _ in range(9))), torch.randn(128, 16)
@@ -94,15 +97,16 @@ def test_between_the_blocks_that_are_tried_errors_are_interpolated(
 
     profile = slimgrad.measure(model, None, loss_fn, batch, limit_s=0.0, allow_compile=False)
     costs = coding_costs(Host(model, None, loss_fn), batch, profile)
-    assert set(tried) == {"0", "4", "8"}
-    errors = {int(p): {c.squared_error for c in by.values()} for p, by in costs.items()}
-    assert sorted(errors) == list(range(9))
-    for block, found in errors.items():
-        expected = float(np.interp(block, [0, 4, 8], [0.0, 16.0, 64.0]))
-        assert list(found) == [pytest.approx(expected)]
-        for cost in costs[str(block)].values():
-            assert cost.own_error == pytest.approx(block)
-            assert cost.own_cosine == pytest.approx(1 - block / 8)
+    counted = sorted(len(set(paths)) for paths in tried.values())
+    assert counted == [3] * (len(counted) - 1) + [9]
+    assert sorted(map(int, costs)) == list(range(9))
+    for path, by_setting in costs.items():
+        for setting, cost in by_setting.items():
+            worse = 3 + float(path) / 8 if dict(setting[1]).get("bits") == 4 else 1.0
+            square = worse * (1 + float(path)) ** 2
+            assert cost.squared_error == pytest.approx(square)
+            assert cost.own_error == pytest.approx(square / 100)
+            assert cost.own_cosine == pytest.approx(1 - square / 1000)
 
 
 @pytest.mark.parametrize(("store", "bits"), [(HalfStore, 16), (QuantizedStore, 4)])

@@ -28,7 +28,8 @@ from slimgrad.methods.activations.coded_store import CodedStore
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 from slimgrad.planning.settings import block_record, layout_of, model_record
 
-_PROBES = 3  # blocks of one kind that are tried; between them the error is interpolated
+_PROBES = 3  # blocks of one kind that are tried with each setting,
+_MANY = 12  # and with one of the settings, whose errors tell how blocks differ
 _SAMPLE_ELEMENTS = 2**21  # of the tensor on which a code is timed
 _ROUNDS = 3
 
@@ -65,8 +66,9 @@ def coding_costs(
 ) -> Costs:
     """For each block and each setting that suits it, the seconds of its code and what it does to the gradient.
 
-    One step is run as it is, and one with each setting on each of at most three blocks of one kind, from the same
-    random state; how far the gradient is off is interpolated between those blocks. Nothing of the user's is changed.
+    One step is run as it is, and one with each setting on each of at most three blocks of one kind (twelve with one
+    setting), from the same random state. Between those blocks, what is interpolated is how much worse a setting is than
+    that one: some blocks are more sensitive than their neighbours, to any code. Nothing of the user's is changed.
 
     Raises ``LossError`` where a plain step does not fit into half of the memory that is free.
     """
@@ -82,26 +84,62 @@ def coding_costs(
     with untouched(host.model):
         passes = _Passes(host, batch)
         shares = {key: _shares(passes, trial) for key, trial in _widest(kinds).items()}
+        sensitive = _Sensitive(passes, kinds)
         for number, trials in enumerate(kinds):
             setting = trials[0].store.setting
             progress(f"{number + 1} of {len(kinds)}: {setting[0]} {dict(setting[1]) or ''}")
-            probes = np.unique(np.linspace(0, len(trials) - 1, _PROBES).round().astype(int))
-            found = [
-                passes.effect(trials[i].path, trials[i].store, trials[i].graph) for i in probes
-            ]
             spent = _seconds(trials[0], host.device)
             mine = _of(trials[0].store.storages, shares[trials[0].saves])
-            places = np.arange(len(trials))
-            between = (
-                np.interp(places, probes, values).tolist() for values in zip(*found, strict=False)
-            )
-            for trial, effect in zip(trials, zip(*between, strict=False), strict=True):
-                off = Effect(*effect)
+            for trial, off in zip(trials, sensitive.effects(trials), strict=True):
                 if not math.isfinite(off.squared_error):
                     continue  # no gradient is left: the setting is not offered there
                 cost = CodingCost(*spent, off.squared_error, mine, off.own_error, off.own_cosine)
                 costs.setdefault(trial.path, {})[setting] = cost
     return costs
+
+
+class _Sensitive:
+    """What settings do on blocks, from those that are tried.
+
+    Of blocks that save the same, the setting that codes the most of it is tried on many: ``_curves`` has what it does on
+    each, in between interpolated; of another setting, how much worse it is than that one.
+    """
+
+    def __init__(self, passes: _Passes, kinds: Sequence[Sequence[_Trial]]) -> None:
+        self._passes = passes
+        self._curves: dict[tuple[Use | None, ...], tuple[Sequence[_Trial], np.ndarray]] = {}
+        for trials in kinds:
+            uses, most = trials[0].graph.uses, len(trials[0].store.storages)
+            known = self._curves.get(uses)
+            if known is None or most > len(known[0][0].store.storages):
+                self._curves[uses] = trials, np.empty(0)
+        for uses, (trials, _) in self._curves.items():
+            at, found = self._tried(trials, _MANY)
+            self._curves[uses] = trials, _between(len(trials), at, found)
+
+    def effects(self, trials: Sequence[_Trial]) -> list[Effect]:
+        """What the setting of ``trials`` does on each of their blocks."""
+        reference, curve = self._curves[trials[0].graph.uses]
+        if trials is not reference:
+            at, found = self._tried(trials, _PROBES)
+            paths = [trial.path for trial in reference]
+            if [trial.path for trial in trials] == paths and bool((curve > 0).all()):
+                curve = curve * _between(len(trials), at, found / curve[at])
+            else:
+                curve = _between(len(trials), at, found)
+        return [Effect(square, own, max(-1.0, 1 - off)) for square, own, off in curve.tolist()]
+
+    def _tried(self, trials: Sequence[_Trial], most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The places of the blocks that are tried, and on each of them the two errors and 1 less the cosine."""
+        at = np.unique(np.linspace(0, len(trials) - 1, most).round().astype(int))
+        found = [self._passes.effect(trials[i].path, trials[i].store, trials[i].graph) for i in at]
+        return at, np.array([(e.squared_error, e.own_error, 1 - e.own_cosine) for e in found])
+
+
+def _between(num: int, at: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``values`` at the places ``at``, in between interpolated: a row for each of ``num`` places."""
+    columns = [np.interp(np.arange(num), at, column) for column in values.T]
+    return np.stack(columns, axis=1)
 
 
 def gradient_noise(host: Host, batch: Any, paths: Sequence[str]) -> dict[str, float]:
