@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from slimgrad.measuring.profile import Setting
 from slimgrad.measuring.trace import Trace, trace_step
 from slimgrad.method import Method, Refusal, Rewriting, method_name
 from slimgrad.planning.real_passes import attached, setting_of
+from slimgrad.types import format_bytes
 
 _LEAST_BYTES, _LEAST_OPERATIONS = 0.01, 0.05  # of the plain peak, of its operations
 
@@ -75,15 +77,22 @@ def variants(
             bare = plain
         found: dict[Combination, Trace] = {(): bare}
         joined: list[Combination] = [()]  # those that settings of further methods are combined with
-        for name, cls in catalogue.methods().items():
-            if not isinstance(cls, Rewriting) or getattr(cls, "compiles", False):
-                continue
+        firsts: set[Method] = set()
+        for name, cls in _rewriting():
             with attached(host, max(joined, key=len)):
                 settings = cls.settings(host, batch)
             if isinstance(settings, Refusal):
                 refusals[name] = settings.reason
                 continue
-            _add(found, joined, settings, lambda c: _attempt(host, batch, paths, keys, c, refusals))
+            attempt = functools.partial(_attempt, host, batch, paths, keys, refusals)
+            if _is_refinement(cls):
+                reason = _refine(found, firsts, settings, attempt)
+                if reason is not None:
+                    refusals.setdefault(name, reason)
+                    continue
+            else:
+                firsts.add(settings[0])
+                _add(found, joined, settings, attempt)
             if any(isinstance(m, cls) for methods in found for m in methods):
                 refusals.pop(name, None)  # another of its settings can be used
         return {tuple(map(setting_of, methods)): trace for methods, trace in found.items()}
@@ -110,13 +119,54 @@ def _add(
                 joined.append((*combination, setting))
 
 
+def _refine(
+    found: dict[Combination, Trace],
+    firsts: Container[Method],
+    settings: Sequence[Method],
+    attempt: Callable[[Combination], Trace | None],
+) -> str | None:
+    """Trace each setting alone and, where the step keeps less with it, with what is in ``found`` of ``firsts`` alone.
+
+    Why none is kept, if so: it costs nothing in planning.
+    """
+    bare, reason = found[()], "the step cannot be traced with it"
+    for combination in [c for c in found if all(m in firsts for m in c)]:
+        for setting in settings:
+            if combination and (setting,) not in found:
+                continue
+            trace = attempt((*combination, setting))
+            if trace is None:
+                continue
+            if not combination and not _keeps_less(bare, trace):
+                least = format_bytes(_LEAST_BYTES * bare.timeline().peak_bytes)
+                reason = f"what the step keeps for backward would fall by less than {least}"
+                continue
+            found[*combination, setting] = trace
+    return None if any((setting,) in found for setting in settings) else reason
+
+
+def _rewriting() -> list[tuple[str, type[Rewriting]]]:
+    """The methods that rewrite the step and do not compile it, refinements last."""
+    named = catalogue.methods().items()
+    traced_so = [(n, c) for n, c in named if isinstance(c, Rewriting) and not _compiles(c)]
+    return sorted(traced_so, key=lambda item: _is_refinement(item[1]))
+
+
+def _compiles(cls: object) -> bool:
+    return getattr(cls, "compiles", False)
+
+
+def _is_refinement(cls: object) -> bool:
+    return getattr(cls, "is_refinement", False)
+
+
 def _attempt(
     host: Host,
     batch: Any,
     paths: list[str],
     keys: dict[OpKey, int],
-    methods: Combination,
     refusals: dict[str, str],
+    methods: Combination,
 ) -> Trace | None:
     with attached(host, methods):
         try:
@@ -134,3 +184,14 @@ def _changes_much(bare: Trace, trace: Trace) -> bool:
     num = 1 + max(int(bare.op.max(initial=0)), int(trace.op.max(initial=0)))
     gone = np.bincount(bare.op, minlength=num) - np.bincount(trace.op, minlength=num)
     return int(gone.clip(min=0).sum()) >= _LEAST_OPERATIONS * bare.num_ticks
+
+
+def _keeps_less(bare: Trace, trace: Trace) -> bool:
+    """Is less live where backward begins, by a hundredth of the peak?"""
+    freed = _held_bytes(bare) - _held_bytes(trace)
+    return freed >= _LEAST_BYTES * bare.timeline().peak_bytes
+
+
+def _held_bytes(trace: Trace) -> int:
+    at = trace.backward_from
+    return int(trace.nbytes[(trace.birth <= at) & (trace.death > at)].sum())
