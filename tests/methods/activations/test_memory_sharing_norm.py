@@ -10,9 +10,9 @@ from torch import nn
 from slimgrad import Ledger, measure
 from slimgrad.errors import LoadError, UnsupportedError
 from slimgrad.host import Host
-from slimgrad.methods.activations.memory_sharing_norm import faint_channels, memory_sharing_norm
 from slimgrad.measuring.fake import faked
 from slimgrad.method import Block, Scope
+from slimgrad.methods.activations.memory_sharing_norm import faint_channels, memory_sharing_norm
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 from slimgrad.planning.settings import block_record, layout_of, model_record
 from slimgrad.training.models import load_model
