@@ -145,7 +145,7 @@ def _refine(
     return None if any((setting,) in found for setting in settings) else reason
 
 
-def _rewriting() -> list[tuple[str, type[Rewriting]]]:
+def _rewriting() -> Sequence[tuple[str, type[Rewriting]]]:
     """The methods that rewrite the step and do not compile it, refinements last."""
     named = catalogue.methods().items()
     traced_so = [(n, c) for n, c in named if isinstance(c, Rewriting) and not _compiles(c)]

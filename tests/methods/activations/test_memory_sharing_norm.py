@@ -357,3 +357,38 @@ def test_what_it_refuses():
     (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(UnsupportedError, match="double backward"):
         g.sum().backward()
+
+
+def test_hooks_and_weights_are_left_alone_when_norms_are_looked_for():
+    model, calls = nn.Sequential(LlamaNorm(4), nn.Linear(4, 4), LlamaNorm(4)), []
+    for module in model:
+        module.register_forward_hook(lambda *_: calls.append(1))
+    weight, random = model[0].weight, torch.get_rng_state()
+    undo = memory_sharing_norm(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert "forward" in model[0].__dict__
+    assert not calls
+    model(torch.randn(2, 4).requires_grad_()).sum().backward()
+    assert len(calls) == 3
+    undo()
+    assert model[0].weight is weight
+    assert torch.equal(weight, torch.ones(4))
+    assert "forward" not in model[0].__dict__
+
+
+class Broken(nn.Module):
+    """Something else with a norm's attributes, whose forward takes two arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(4)), 1e-6
+
+    def forward(self, x, y):
+        return x * self.weight + y
+
+
+def test_other_modules_with_the_attributes_of_a_norm_are_left_alone():
+    model = nn.Sequential(nn.LayerNorm(4), Broken())
+    memory_sharing_norm(model)
+    assert "forward" in model[0].__dict__
+    assert "forward" not in model[1].__dict__
