@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ def variants(
             bare = plain
         found: dict[Combination, Trace] = {(): bare}
         joined: list[Combination] = [()]  # those that settings of further methods are combined with
-        firsts: set[Method] = set()
+        firsts: set[Method] = set()  # of each method's settings the first that is combined
         for name, cls in _rewriting():
             with attached(host, max(joined, key=len)):
                 settings = cls.settings(host, batch)
@@ -86,13 +86,14 @@ def variants(
                 continue
             attempt = functools.partial(_attempt, host, batch, paths, keys, refusals)
             if _is_refinement(cls):
-                reason = _refine(found, firsts, settings, attempt)
+                alone = [c for c in joined if all(m in firsts for m in c)]
+                reason = _refine(found, alone, settings, attempt)
                 if reason is not None:
                     refusals.setdefault(name, reason)
                     continue
             else:
-                firsts.add(settings[0])
                 _add(found, joined, settings, attempt)
+                firsts.update([setting for setting in settings if (setting,) in joined][:1])
             if any(isinstance(m, cls) for methods in found for m in methods):
                 refusals.pop(name, None)  # another of its settings can be used
         return {tuple(map(setting_of, methods)): trace for methods, trace in found.items()}
@@ -121,16 +122,16 @@ def _add(
 
 def _refine(
     found: dict[Combination, Trace],
-    firsts: Container[Method],
+    combinations: Sequence[Combination],
     settings: Sequence[Method],
     attempt: Callable[[Combination], Trace | None],
 ) -> str | None:
-    """Trace each setting alone and, where the step keeps less with it, with what is in ``found`` of ``firsts`` alone.
+    """Trace each setting alone and, where the step keeps less with it, with each of ``combinations``.
 
-    Why none is kept, if so: it costs nothing in planning.
+    Why none is kept, if so: then it costs nothing in planning.
     """
     bare, reason = found[()], "the step cannot be traced with it"
-    for combination in [c for c in found if all(m in firsts for m in c)]:
+    for combination in combinations:  # nothing is the first of them
         for setting in settings:
             if combination and (setting,) not in found:
                 continue
@@ -145,7 +146,7 @@ def _refine(
     return None if any((setting,) in found for setting in settings) else reason
 
 
-def _rewriting() -> Sequence[tuple[str, type[Rewriting]]]:
+def _rewriting() -> list[tuple[str, type[Any]]]:
     """The methods that rewrite the step and do not compile it, refinements last."""
     named = catalogue.methods().items()
     traced_so = [(n, c) for n, c in named if isinstance(c, Rewriting) and not _compiles(c)]
