@@ -51,17 +51,21 @@ def test_operations_are_scaled_to_real_passes(traced, monkeypatch):
         (): [9.0, 3.0, 2.0],
         ("micro_batches",): [1.0, 5.0],
         ("chunked_cross_entropy",): [4.0],
+        ("memory_sharing_norm",): [3.5],
     }
     _clocked(monkeypatch, factors)
     time_passes(host, batch, profile.variants, **NO_LIMIT)
     after = _seconds(profile)
     expected = {(): 2.0, ("micro_batches",): 5.0, ("chunked_cross_entropy",): 4.0}
+    expected[("memory_sharing_norm",)] = 3.5
     assert any(len(key) == 2 for key in before)
     for key, trace in profile.variants.items():
         assert trace.is_timed
         if len(key) < 2:
             names = tuple(name for name, _ in key)
             assert after[key] == pytest.approx(expected[names] * before[key])
+            continue
+        if "memory_sharing_norm" in dict(key):
             continue
         # what the chunked loss adds is added outside of blocks, and micro-batches make both slower
         loss = next((setting,) for setting in key if setting[0] == "chunked_cross_entropy")
@@ -107,6 +111,36 @@ def test_what_is_not_run_is_as_far_off_as_plain(traced, monkeypatch):
     after = _seconds(profile)
     assert all(after[key] == pytest.approx(3.0 * before[key]) for key in before)
     assert [key for key in before if profile.variants[key].is_timed] == [()]
+
+
+@pytest.mark.parametrize(("factor", "is_seen"), [(4.0, True), (0.1, False)])
+def test_a_refinement_that_was_not_run_leaves_what_was_seen_of_others(
+    traced, monkeypatch, factor, is_seen
+):
+    profile, host, batch = traced
+    for key, trace in profile.variants.items():
+        if "memory_sharing_norm" in dict(key):
+            trace.op_seconds = trace.op_seconds * factor
+    _clocked(monkeypatch, {})
+    clocked = real_passes._Way.run
+
+    def but_one(way, host, batch):
+        if not {name for name, _ in way.methods} & {"memory_sharing_norm", "micro_batches"}:
+            clocked(way, host, batch)
+
+    monkeypatch.setattr(real_passes._Way, "run", but_one)
+    time_passes(host, batch, profile.variants, **NO_LIMIT)
+    found = {tuple(n for n, _ in key): trace.is_timed for key, trace in profile.variants.items()}
+    assert found == {
+        (): True,
+        ("chunked_cross_entropy",): True,
+        ("memory_sharing_norm",): False,
+        ("micro_batches",): False,
+        ("chunked_cross_entropy", "memory_sharing_norm"): is_seen,
+        ("chunked_cross_entropy", "micro_batches"): False,
+        ("micro_batches", "memory_sharing_norm"): False,
+        ("chunked_cross_entropy", "micro_batches", "memory_sharing_norm"): False,
+    }
 
 
 def test_nothing_is_run_where_the_plain_passes_do_not_fit(traced):

@@ -74,8 +74,9 @@ def time_passes(
     The plain passes and each single rewriting method's are run, the fastest first, in turns, for about ``limit_s``
     seconds; a method saves at most what the operations take that it does away with (more is noise), and what several
     methods at once take is the product of what each of them does. Where a method leaves the operations of blocks as
-    they are, the others take what it adds. Nothing is run where the plain passes would take more than ``limit_bytes``
-    or half of the free memory, or so little time that noise would be measured.
+    they are, the others take what it adds. A refinement that is planned to take longer claims to save nothing: what
+    methods beside it save was seen, though it was not run itself. Nothing is run where the plain passes would take
+    more than ``limit_bytes`` or half of the free memory, or so little time that noise would be measured.
     """
     plain = traces[()]
     planned = float(plain.op_seconds.sum())
@@ -99,8 +100,11 @@ def time_passes(
             kept_s = planned - _replaced_s(plain, way.trace)
             relative = max(way.scale / scale, kept_s / way.planned_s)
             paces[way.methods[0]] = _pace(plain, way.trace, relative)
+        modest = [m for m in _refinements(traces) if _planned_s(traces[m,]) >= planned]
         for methods, trace in traces.items():
             _scale(trace, [paces.get(m) for m in methods], scale)
+            others = [m for m in methods if m not in modest]
+            trace.is_timed = paces.keys() >= set(others or methods)
 
 
 def _take_turns(ways: Sequence[_Way], host: Host, batch: Any, limit_s: float) -> None:
@@ -145,6 +149,15 @@ def _passes(host: Host, batch: Any) -> None:
         del loss
 
 
+def _planned_s(trace: Trace) -> float:
+    return float(trace.op_seconds.sum())
+
+
+def _refinements(traces: Variants) -> list[Setting]:
+    alone = [methods[0] for methods in traces if len(methods) == 1]
+    return [m for m in alone if getattr(catalogue.find(m[0]), "is_refinement", False)]
+
+
 def _replaced_s(plain: Trace, trace: Trace) -> float:
     """Planned seconds of the plain passes' operations that ``trace`` does not have: it cannot save more than those."""
     num = 1 + max(int(plain.op.max(initial=0)), int(trace.op.max(initial=0)))
@@ -182,4 +195,3 @@ def _scale(trace: Trace, paces: Sequence[_Pace | None], scale: float) -> None:
     """A method that was not run (None) is as far off as plain is; several are as far off as all of them together."""
     inside, outside = (math.prod(pace[i] for pace in paces if pace) for i in range(2))
     trace.op_seconds = trace.op_seconds * scale * np.where(trace.op_call >= 0, inside, outside)
-    trace.is_timed = None not in paces

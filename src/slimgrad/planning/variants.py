@@ -22,6 +22,7 @@ from slimgrad.planning.real_passes import attached, setting_of
 from slimgrad.types import format_bytes
 
 _LEAST_BYTES, _LEAST_OPERATIONS = 0.01, 0.05  # of the plain peak, of its operations
+_QUICK = 1.5  # times the plain step's operations: tracing takes as long again
 
 Combination = tuple[Method, ...]
 
@@ -86,8 +87,9 @@ def variants(
                 continue
             attempt = functools.partial(_attempt, host, batch, paths, keys, refusals)
             if _is_refinement(cls):
-                alone = [c for c in joined if all(m in firsts for m in c)]
-                reason = _refine(found, alone, settings, attempt)
+                most = _QUICK * bare.num_ticks
+                few = [c for c in joined if found[c].num_ticks <= most or firsts.issuperset(c)]
+                reason = _refine(found, few, settings, attempt)
                 if reason is not None:
                     refusals.setdefault(name, reason)
                     continue

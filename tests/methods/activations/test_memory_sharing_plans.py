@@ -65,13 +65,13 @@ def loss_fn(model: nn.Module, words: Tensor) -> Tensor:
     return functional.cross_entropy(model(words[:, :-1]).flatten(0, 1), words[:, 1:].flatten())
 
 
-def made(norm: Any = nn.LayerNorm) -> tuple[Words, Tensor]:
+def made(norm: Any = nn.LayerNorm, num_samples: int = 2) -> tuple[Words, Tensor]:
     torch.manual_seed(0)
     model = Words(norm).double()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter, 1.0, 0.2)
-    return model, torch.randint(0, WORDS, (2, TOKENS + 1))
+    return model, torch.randint(0, WORDS, (num_samples, TOKENS + 1))
 
 
 def make_faint(model: Words, num: int = 5) -> None:
@@ -203,18 +203,24 @@ VARIANTS = [
 
 
 @functools.cache
-def language_model_profile() -> Profile:
-    model, words = made()
+def language_model_profile(num_samples: int = 2) -> Profile:
+    model, words = made(num_samples=num_samples)
     return measure(model, adamw(model), loss_fn, words, **MEASURED)
 
 
-def test_it_is_combined_with_the_first_setting_of_each_other_method() -> None:
-    variants = language_model_profile().variants
+def test_of_parts_of_a_batch_it_is_combined_with_the_first_settings() -> None:
+    variants = language_model_profile(4).variants
     combined = [variant for variant in variants if SHARING in variant]
-    assert sorted(tuple(name for name, _ in variant) for variant in combined) == VARIANTS
-    first = next(s for v in variants for s in v if s[0] == "micro_batches")
-    assert dict(first[1])["num"] == 2
-    assert all(s == first for v in combined for s in v if s[0] == "micro_batches")
+    assert sorted({tuple(name for name, _ in variant) for variant in combined}) == VARIANTS
+    without = [variant for variant in variants if SHARING not in variant]
+    first: dict[str, Setting] = {}
+    for setting in (s for variant in without for s in variant if len(variant) == 1):
+        first.setdefault(setting[0], setting)
+    assert any(s != first[s[0]] and s[0] == "micro_batches" for v in without for s in v)
+    for variant in without:
+        in_parts = any(name == "micro_batches" for name, _ in variant)
+        is_expected = not in_parts or all(s == first[s[0]] for s in variant)
+        assert ((*variant, SHARING) in variants) == is_expected
 
 
 @pytest.mark.parametrize("names", VARIANTS, ids="-".join)
