@@ -324,7 +324,7 @@ class Rewriting(Protocol):
     ``measure`` asks for its ``settings`` on the live model and traces the step once with each, on fake tensors. One
     that compiles (``compiles = True``) is traced, and timed, on real steps, alone. One that only changes how long
     tensors live (``is_refinement = True``) is left out where that frees next to nothing; of steps that take long to
-    trace (parts of a batch), it is combined with the first setting of each other method alone.
+    trace (parts of a batch), it is combined with one alone, that of each other method's first setting.
     """
 
     @classmethod

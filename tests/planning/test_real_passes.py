@@ -138,7 +138,6 @@ def test_a_refinement_that_was_not_run_leaves_what_was_seen_of_others(
         ("micro_batches",): False,
         ("chunked_cross_entropy", "memory_sharing_norm"): is_seen,
         ("chunked_cross_entropy", "micro_batches"): False,
-        ("micro_batches", "memory_sharing_norm"): False,
         ("chunked_cross_entropy", "micro_batches", "memory_sharing_norm"): False,
     }
 

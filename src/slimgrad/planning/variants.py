@@ -88,7 +88,8 @@ def variants(
             attempt = functools.partial(_attempt, host, batch, paths, keys, refusals)
             if _is_refinement(cls):
                 most = _QUICK * bare.num_ticks
-                few = [c for c in joined if found[c].num_ticks <= most or firsts.issuperset(c)]
+                leading = max((c for c in joined if firsts.issuperset(c)), key=len)
+                few = [c for c in joined if found[c].num_ticks <= most or c is leading]
                 reason = _refine(found, few, settings, attempt)
                 if reason is not None:
                     refusals.setdefault(name, reason)
