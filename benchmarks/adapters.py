@@ -31,10 +31,10 @@ from rows import write_rows
 from slimgrad.host import Host
 from slimgrad.layers.lemo import LeMo
 from slimgrad.layers.meft import meft
-from slimgrad.layers.memory_sharing_norm import memory_sharing_norm
 from slimgrad.method import Block, Scope
 from slimgrad.methods.activations.approx_bp import ApproxBp
 from slimgrad.methods.activations.coded_store import CodedStore
+from slimgrad.methods.activations.memory_sharing_norm import memory_sharing_norm
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 from slimgrad.methods.activations.velora import Velora
 from slimgrad.planning.settings import block_record, layout_of, model_record

@@ -21,10 +21,10 @@ from slimgrad.layers.gradient_filter import gradient_filter
 from slimgrad.layers.llama_halves import After, Before, llama_layers
 from slimgrad.layers.meft import meft
 from slimgrad.layers.memo import Memo
-from slimgrad.layers.memory_sharing_norm import memory_sharing_norm
 from slimgrad.layers.reversible_unet3d import ReversibleUnet3d
 from slimgrad.methods.activations.deferred_backward import deferred_backward
 from slimgrad.methods.activations.grad_cache import GradCache
+from slimgrad.methods.activations.memory_sharing_norm import memory_sharing_norm
 from slimgrad.methods.gradients.sparse_update import sparse_update
 from slimgrad.methods.time.adjoint_deis import adjoint_deis
 from slimgrad.methods.time.coupled_sampler import CoupledRun, coupled_sample

@@ -59,6 +59,19 @@ class OperationGraph:
         """The storages that backward asks for, by number."""
         return tuple(s for s, is_saved in enumerate(self.is_saved) if is_saved)
 
+    def does_the_same_as(self, other: OperationGraph) -> bool:
+        """Whether storages of one number are the same in both, whatever their bytes and the operations' seconds."""
+        ours, theirs = (
+            (
+                graph.is_saved,
+                graph.stages,
+                [(reads, writes) for _, reads, writes in graph.operations],
+                [use and (use.dtype, use.readers) for use in graph.uses],
+            )
+            for graph in (self, other)
+        )
+        return ours == theirs
+
     def recipe(self, wanted: Iterable[int], kept: Container[int]) -> list[int]:
         """The operations that make the storages ``wanted`` from those in ``kept``, in their order."""
         found, open_storages, met = set[int](), list(wanted), set[int]()

@@ -51,11 +51,13 @@ def test_operations_are_scaled_to_real_passes(traced, monkeypatch):
         (): [9.0, 3.0, 2.0],
         ("micro_batches",): [1.0, 5.0],
         ("chunked_cross_entropy",): [4.0],
+        ("memory_sharing_norm",): [3.5],
     }
     _clocked(monkeypatch, factors)
     time_passes(host, batch, profile.variants, **NO_LIMIT)
     after = _seconds(profile)
     expected = {(): 2.0, ("micro_batches",): 5.0, ("chunked_cross_entropy",): 4.0}
+    expected[("memory_sharing_norm",)] = 3.5
     assert any(len(key) == 2 for key in before)
     for key, trace in profile.variants.items():
         assert trace.is_timed

@@ -32,8 +32,8 @@ from torch.nn import functional
 from slimgrad.coding.projection import rank_of
 from slimgrad.errors import MethodError, UnsupportedError
 from slimgrad.layers.compaction import Compaction, Projected, link
-from slimgrad.layers.replaced_forward import replace_forward
 from slimgrad.method import Paper, Undo, component
+from slimgrad.replaced_forward import replace_forward
 from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 

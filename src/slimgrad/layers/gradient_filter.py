@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slimgrad.errors import MethodError, UnsupportedError
-from slimgrad.layers.replaced_forward import replace_forward
 from slimgrad.method import Paper, Undo, component
+from slimgrad.replaced_forward import replace_forward
 from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 

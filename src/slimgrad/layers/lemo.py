@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slimgrad.errors import MethodError, UnsupportedError
-from slimgrad.layers.replaced_forward import replace_forward
 from slimgrad.layers.token_predictor import Predictor, beside_position, recall, received_attention
 from slimgrad.method import Paper, Undo, component
+from slimgrad.replaced_forward import replace_forward
 from slimgrad.types import Column, Exactness
 
 _PARTS: Final = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")

@@ -35,9 +35,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from slimgrad.errors import MethodError, UnsupportedError
 from slimgrad.layers.attention_sweep import Rule
 from slimgrad.layers.llama_halves import After, Before, llama_layers
-from slimgrad.layers.replaced_forward import replace_forward
 from slimgrad.layers.swapped_tokens import Halves, SwappedTokens, without_gradients
 from slimgrad.method import Paper, Undo, component
+from slimgrad.replaced_forward import replace_forward
 from slimgrad.storage import Store
 from slimgrad.storage.choosing import open_store
 from slimgrad.types import Column, Exactness

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from slimgrad.measuring.optimizer import OptimizerLaw
 from slimgrad.measuring.profile import Profile
 from slimgrad.measuring.trace import Trace
-from slimgrad.method import ModelRecord, Record, Update
+from slimgrad.method import CodingCost, ModelRecord, Record, Setting, Update
 from slimgrad.planning.calls import BlockLayout, border_bytes, call_bytes
 from slimgrad.planning.compiled_calls import is_measured
 from slimgrad.planning.compiling import DEFAULT_STEPS
@@ -93,9 +95,24 @@ def block_record(
         are_repeatable=layout.are_repeatable(block.where),
         compiled=cost if cost is not None and is_measured(layout, block.path, cost) else None,
         num_steps=num_steps,
-        coding=profile.coding.get(block.path, {}) if len(block.paths) == 1 else {},
+        coding=_coding(profile, layout, block),
         gradients_stay=gradients_stay(model),
     )
+
+
+_plain_layouts: WeakKeyDictionary[Profile, Layout] = WeakKeyDictionary()
+
+
+def _coding(profile: Profile, layout: Layout, block: BlockLayout) -> Mapping[Setting, CodingCost]:
+    """What codes cost on a block: nothing is known of one whose operations are not those that it was measured with."""
+    costs, plain = profile.coding.get(block.path, {}), profile.variants[()]
+    if len(block.paths) > 1 or not costs or layout.trace is plain:
+        return {} if len(block.paths) > 1 else costs
+    if profile not in _plain_layouts:
+        _plain_layouts[profile] = layout_of(profile, plain)
+    measured, graph = _plain_layouts[profile].graph(block.where), layout.graph(block.where)
+    alike = measured is not None and graph is not None and graph.does_the_same_as(measured)
+    return costs if alike else {}
 
 
 def layout_of(profile: Profile, trace: Trace) -> Layout:

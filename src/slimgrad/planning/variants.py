@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from slimgrad.measuring.profile import Setting
 from slimgrad.measuring.trace import Trace, trace_step
 from slimgrad.method import Method, Refusal, Rewriting, method_name
 from slimgrad.planning.real_passes import attached, setting_of
+from slimgrad.types import format_bytes
 
 _LEAST_BYTES, _LEAST_OPERATIONS = 0.01, 0.05  # of the plain peak, of its operations
 
@@ -83,7 +85,11 @@ def variants(
             if isinstance(settings, Refusal):
                 refusals[name] = settings.reason
                 continue
-            _add(found, joined, settings, lambda c: _attempt(host, batch, paths, keys, c, refusals))
+            attempt = functools.partial(_attempt, host, batch, paths, keys, refusals)
+            if getattr(cls, "is_refinement", False):
+                _refine(name, found, settings, attempt, refusals)
+            else:
+                _add(found, joined, settings, attempt)
             if any(isinstance(m, cls) for methods in found for m in methods):
                 refusals.pop(name, None)  # another of its settings can be used
         return {tuple(map(setting_of, methods)): trace for methods, trace in found.items()}
@@ -110,13 +116,31 @@ def _add(
                 joined.append((*combination, setting))
 
 
+def _refine(
+    name: str,
+    found: dict[Combination, Trace],
+    settings: Sequence[Method],
+    attempt: Callable[[Combination], Trace | None],
+    refusals: dict[str, str],
+) -> None:
+    """Trace each setting alone, for where the step keeps less with it: elsewhere it costs nothing in planning."""
+    bare = found[()]
+    for setting in settings:
+        trace = attempt((setting,))
+        if trace is not None and _keeps_less(bare, trace):
+            found[setting,] = trace
+        elif trace is not None:
+            least = format_bytes(_LEAST_BYTES * bare.timeline().peak_bytes)
+            refusals[name] = f"what the step keeps for backward would fall by less than {least}"
+
+
 def _attempt(
     host: Host,
     batch: Any,
     paths: list[str],
     keys: dict[OpKey, int],
-    methods: Combination,
     refusals: dict[str, str],
+    methods: Combination,
 ) -> Trace | None:
     with attached(host, methods):
         try:
@@ -134,3 +158,14 @@ def _changes_much(bare: Trace, trace: Trace) -> bool:
     num = 1 + max(int(bare.op.max(initial=0)), int(trace.op.max(initial=0)))
     gone = np.bincount(bare.op, minlength=num) - np.bincount(trace.op, minlength=num)
     return int(gone.clip(min=0).sum()) >= _LEAST_OPERATIONS * bare.num_ticks
+
+
+def _keeps_less(bare: Trace, trace: Trace) -> bool:
+    """Is less live where backward begins, by a hundredth of the peak?"""
+    freed = _held_bytes(bare) - _held_bytes(trace)
+    return freed >= _LEAST_BYTES * bare.timeline().peak_bytes
+
+
+def _held_bytes(trace: Trace) -> int:
+    at = trace.backward_from
+    return int(trace.nbytes[(trace.birth <= at) & (trace.death > at)].sum())

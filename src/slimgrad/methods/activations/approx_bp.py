@@ -8,8 +8,8 @@ Exactness: approximate: the forward pass is bit-equal; h is near to f, so that t
 Limits: GELU and SiLU that PyTorch's own operations compute, whose saved tensor no other operation of backward reads; made
     inside the block, 16 KiB and more.
 References: Yang et al. (2024), section 4 (ReGELU2 and ReSiLU2). *departs:* attached to saved tensors, so no layer is
-    replaced; coefficients are computed from the symmetry of f instead of by annealing. Its memory-sharing norms are a
-    layer here (``memory_sharing_norm``).
+    replaced; coefficients are computed from the symmetry of f instead of by annealing. Its memory-sharing norms are
+    ``memory_sharing_norm``.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from torch import nn
 from slimgrad import Ledger, measure
 from slimgrad.errors import LoadError, UnsupportedError
 from slimgrad.host import Host
-from slimgrad.layers.memory_sharing_norm import faint_channels, memory_sharing_norm
 from slimgrad.measuring.fake import faked
 from slimgrad.method import Block, Scope
+from slimgrad.methods.activations.memory_sharing_norm import faint_channels, memory_sharing_norm
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 from slimgrad.planning.settings import block_record, layout_of, model_record
 from slimgrad.training.models import load_model
@@ -162,8 +162,8 @@ def test_what_a_weight_near_zero_would_do():
     weight, bias = torch.ones(4), torch.zeros(4)
     weight[1], bias[2], weight[3] = 0.0, 9.0, torch.finfo(torch.float32).tiny
     assert faint_channels(weight, bias).tolist() == [1, 2, 3]
-    assert faint_channels(torch.full((4,), 1e-30), None) is None
-    assert faint_channels(torch.full((4,), 1e-5), torch.full((4,), 7e-5)) is None
+    assert not faint_channels(torch.full((4,), 1e-30), None).numel()
+    assert not faint_channels(torch.full((4,), 1e-5), torch.full((4,), 7e-5)).numel()
 
 
 def saved_bytes(model, x):
@@ -200,7 +200,7 @@ def test_columns_are_kept_for_faint_channels_alone():
     without = saved_bytes(model, x)
     with torch.no_grad():
         model[1].weight[:3] = 0.0
-    assert saved_bytes(model, x) - without == 3 * 32 * 4 + 3 * 8
+    assert saved_bytes(model, x) - without == 3 * 32 * 4
 
 
 def llama(layers=3, dtype=torch.float64):
@@ -357,3 +357,38 @@ def test_what_it_refuses():
     (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(UnsupportedError, match="double backward"):
         g.sum().backward()
+
+
+def test_hooks_and_weights_are_left_alone_when_norms_are_looked_for():
+    model, calls = nn.Sequential(LlamaNorm(4), nn.Linear(4, 4), LlamaNorm(4)), []
+    for module in model:
+        module.register_forward_hook(lambda *_: calls.append(1))
+    weight, random = model[0].weight, torch.get_rng_state()
+    undo = memory_sharing_norm(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert "forward" in model[0].__dict__
+    assert not calls
+    model(torch.randn(2, 4).requires_grad_()).sum().backward()
+    assert len(calls) == 3
+    undo()
+    assert model[0].weight is weight
+    assert torch.equal(weight, torch.ones(4))
+    assert "forward" not in model[0].__dict__
+
+
+class Broken(nn.Module):
+    """Something else with a norm's attributes, whose forward takes two arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(4)), 1e-6
+
+    def forward(self, x, y):
+        return x * self.weight + y
+
+
+def test_other_modules_with_the_attributes_of_a_norm_are_left_alone():
+    model = nn.Sequential(nn.LayerNorm(4), Broken())
+    memory_sharing_norm(model)
+    assert "forward" in model[0].__dict__
+    assert "forward" not in model[1].__dict__
