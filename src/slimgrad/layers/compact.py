@@ -31,11 +31,14 @@ from torch.nn import functional
 
 from slimgrad.coding.projection import rank_of
 from slimgrad.errors import MethodError, UnsupportedError
+from slimgrad.layers.compact_adam import CompactAdam
 from slimgrad.layers.compaction import Compaction, Projected, link
 from slimgrad.method import Paper, Undo, component
 from slimgrad.replaced_forward import replace_forward
 from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
+
+__all__ = ["CompactAdam", "compact"]
 
 
 class _CompactLinear(torch.autograd.Function):

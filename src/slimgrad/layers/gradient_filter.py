@@ -36,6 +36,9 @@ from slimgrad.replaced_forward import replace_forward
 from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 
+__all__ = ["gradient_cosines", "gradient_filter"]
+
+
 # Shapes: N images, O and I channels of output and input, HW places, KL a kernel; capitals of the coarse grid are P.
 
 
