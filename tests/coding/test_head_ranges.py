@@ -148,3 +148,11 @@ def test_what_does_not_fit_is_refused():
         HeadRangesCode(momentum=1.0)
     with pytest.raises(MethodError, match="group_size at least 0"):
         HeadRangesCode(0, -1)
+
+
+def test_ranges_follow_a_model_into_another_dtype():
+    code, x = HeadRangesCode(3, stochastic=False), heads_apart()
+    code.encode(x)
+    y = code.encode(x.double()).decode()
+    assert y.dtype == torch.float64
+    assert (y - x).norm() < 0.01 * x.norm()

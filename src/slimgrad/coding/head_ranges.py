@@ -110,7 +110,7 @@ class HeadRangesCode:
         seen_2H[1].sub_(seen_2H[0])
         if self.ranges is None or self.ranges.shape != seen_2H.shape:
             return seen_2H
-        return self.ranges.lerp(seen_2H, 1 - self.momentum)
+        return self.ranges.to(seen_2H).lerp(seen_2H, 1 - self.momentum)
 
 
 @dataclass(frozen=True)
