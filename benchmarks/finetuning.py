@@ -33,10 +33,10 @@ from slimgrad.layers.compact import compact
 from slimgrad.layers.compact_adam import CompactAdam
 from slimgrad.layers.compaction import compaction_of
 from slimgrad.layers.gradient_filter import gradient_filter
-from slimgrad.layers.memory_sharing_norm import memory_sharing_norm
 from slimgrad.method import Block, Offer, Record, Scope, Setting, Undo
 from slimgrad.methods.activations.approx_bp import ApproxBp
 from slimgrad.methods.activations.coded_store import CodedStore
+from slimgrad.methods.activations.memory_sharing_norm import memory_sharing_norm
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 from slimgrad.planning.settings import block_record, layout_of, model_record
 from slimgrad.types import Column
