@@ -1,6 +1,7 @@
-"""Write docs/codes.md from the rows of two benchmarks: ``python tools/codes.py [--check]``.
+"""Write docs/codes.md from the rows of three benchmarks: ``python tools/codes.py [--check]``.
 
-They are benchmarks/finetuning.py's, and those of benchmarks/topics.py in a section of their own (tools/topics_section.py).
+They are benchmarks/finetuning.py's, and those of benchmarks/approximate.py and topics.py in sections of their own
+(tools/plans_section.py, tools/topics_section.py).
 
 With ``--check`` nothing is written: the exit code is 1 if the page differs from what would be written.
 """
@@ -14,8 +15,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import plans_section
+import topics_section
 from pages import asked_to_check, rows_in, table, written_or_checked
-from topics_section import section
 
 from slimgrad.types import format_bytes
 
@@ -25,8 +27,8 @@ PAGE = ROOT / "docs" / "codes.md"
 MOST_ERROR = 10.0  # above it nothing is left of a gradient
 LAST = 10  # steps whose losses are averaged as the final one
 NOTE = (
-    "<!-- Written by tools/codes.py from finetuning.jsonl and topics.jsonl of benchmarks/results: "
-    "run `make docs`. -->"
+    "<!-- Written by tools/codes.py from finetuning.jsonl, approximate.jsonl and topics.jsonl of "
+    "benchmarks/results: run `make docs`. -->"
 )
 INTRODUCTION = """\
 What training loses when every block keeps all that a store suits as codes, at one setting and with no regard to a bound
@@ -104,7 +106,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         parts += _model(model, [row for row in rows if row["model"] == model])
     header = ("store", "its paper's claim", "why it differs here")
     parts += ["## Claims", table(header, [(f"`{n}`", *told) for n, told in CLAIMS.items()])]
-    parts += section(LAST)
+    parts += plans_section.section()
+    parts += topics_section.section(LAST)
     return "\n\n".join(parts) + "\n"
 
 
