@@ -251,16 +251,16 @@ def _judged(monkeypatch, change):
 
 def test_slim_plans_without_an_exact_method_that_rounds_too_much(monkeypatch):
     def change(report, names):
-        report.checks["gradient"] = "micro_batches" not in names
+        report.checks["gradient"] = "memory_sharing_norm" not in names
 
     seen = _judged(monkeypatch, change)
     model, loss_fn, batch = SAMPLES["llama"].make()
     optimizer = adamw(model)
     with slimgrad.slim(model, optimizer, loss_fn, batch, budget="min", allow_compile=False) as step:
-        assert "micro_batches" in seen[0]
-        assert "micro_batches" not in seen[-1]
-        assert "gradient's error was" in step.plan.refusals["micro_batches"]
-        assert step.plan.forbid == ("micro_batches",)
+        assert "memory_sharing_norm" in seen[0]
+        assert "memory_sharing_norm" not in seen[-1]
+        assert "gradient's error was" in step.plan.refusals["memory_sharing_norm"]
+        assert step.plan.forbid == ("memory_sharing_norm",)
         assert step.report.passed
 
 
