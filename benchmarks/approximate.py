@@ -36,11 +36,15 @@ TRIES = 7  # budgets for a share
 
 
 def products_stay(profile: slimgrad.Profile) -> slimgrad.Profile:
-    """The profile of a machine on which products cost so much that no plan runs one again."""
+    """The profile of a machine on which products in blocks cost so much that no plan runs one again.
+
+    Outside of blocks nothing is: a loss in chunks takes more calls for the same products.
+    """
     variants = {}
     for settings, trace in profile.variants.items():
         dear = np.array([any(p in name for p in PRODUCTS) for name in trace.names])
-        added = np.where(dear[trace.name] & ~trace.op_backward, DEAR_S, 0.0)
+        in_block = ~trace.op_backward & (trace.op_call >= 0)
+        added = np.where(dear[trace.name] & in_block, DEAR_S, 0.0)
         variants[settings] = replace(trace, op_seconds=trace.op_seconds + added)
     return replace(profile, variants=variants)
 
