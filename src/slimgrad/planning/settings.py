@@ -105,9 +105,12 @@ _plain_layouts: WeakKeyDictionary[Profile, Layout] = WeakKeyDictionary()
 
 def _coding(profile: Profile, layout: Layout, block: BlockLayout) -> Mapping[Setting, CodingCost]:
     """What codes cost on a block: nothing is known of one whose operations are not those that it was measured with."""
-    costs, plain = profile.coding.get(block.path, {}), profile.variants[()]
-    if len(block.paths) > 1 or not costs or layout.trace is plain:
-        return {} if len(block.paths) > 1 else costs
+    costs = profile.coding.get(block.path, {})
+    if len(block.paths) > 1 or not costs:
+        return {}
+    plain = profile.variants[()]
+    if layout.trace is plain:
+        return costs
     if profile not in _plain_layouts:
         _plain_layouts[profile] = layout_of(profile, plain)
     measured, graph = _plain_layouts[profile].graph(block.where), layout.graph(block.where)
