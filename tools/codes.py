@@ -39,11 +39,10 @@ alone (`python benchmarks/finetuning.py`). Weights, order of batches and draws a
 training's; figures are means over seeds, differences paired by seed, ± their standard deviation. *Activations*: the ledger's
 most, as a part of exact training's. *Error* is the relative
 L2 error of the first gradient, *measured before* what `measure(sensitivity=True)` said that it would be: the squares of what
-three blocks of a kind bring one at a time, interpolated and added. That is an estimate and no bound, for blocks between may be
-more sensitive than the three: of the 30 of `smollm2`, the stores that leave inputs' gradients exact (`stochastic_store`,
-`velora`, `wta_crs`, `projected_store`) stay below it, all others are above. `slim` verifies the gradient of the plan that it
-made, and plans again for a smaller error where it is off by more than allowed. Loss: the mean of
-the last 10 training steps, against exact training's. Accuracy: points on what was not trained on.
+single blocks bring, added; at most twelve are tried with one setting and three with each other, which is said to be as much
+worse in between. That is an estimate and no bound: errors of many blocks at once are no sum where they are large. `slim`
+verifies the gradient of the plan that it made, and plans again for a smaller error where it is off by more than allowed.
+Loss: the mean of the last 10 training steps, against exact training's. Accuracy: points on what was not trained on.
 
 Three ways replace layers, and nothing is measured before: `gradient_filter` in the `last` convolutions (7 are all of them);
 `compact` in all linear layers but the classifier, with `CompactAdam` at exact training's rate and at the best of three or
