@@ -260,6 +260,7 @@ def _usage(defined: Any) -> str:
         signature = re.sub(
             r"""(: |-> )(['"])(.*?)\2(?=[,)]| = |$)""", r"\1\3", str(inspect.signature(found))
         ).removesuffix(" -> None")
+        signature = re.sub(r"<function (\w+) at 0x\w+>", r"\1", signature)
         parts.append(f"{found.__name__}{signature}\n{textwrap.indent(_told(found), '    ')}")
     return "\n\n".join(parts)
 
