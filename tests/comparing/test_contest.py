@@ -258,7 +258,7 @@ def test_a_contest_asked_for_wrongly_is_refused_at_once():
 
 
 def test_approximate_plans_stay_within_budget_and_error(tmp_path):
-    asked = Contest(["vit"], [], ["min", "70%"], 1, 1, "small", allow_compile=False, error=0.05)
+    asked = Contest(["vit"], [], ["min", "70%"], 1, 1, "small", allow_compile=False, error=0.2)
     (found,) = run(asked)
     rows = named(found)
     exact, approximate = rows["slimgrad min"], rows["approximate min"]
@@ -266,8 +266,8 @@ def test_approximate_plans_stay_within_budget_and_error(tmp_path):
     assert approximate.peak_bytes <= exact.peak_bytes
     for name in ("approximate min", "approximate 70%"):
         assert rows[name].error is None
-        assert 0 <= rows[name].gradient_error <= 0.05
-        assert rows[name].predicted_error <= 0.05
+        assert 0 <= rows[name].gradient_error <= 0.2
+        assert rows[name].predicted_error <= 0.2
     assert approximate.gradient_error > 1e-5 > exact.gradient_error
     assert approximate_points(found) == [approximate, rows["approximate 70%"]]
     assert "slimgrad, approximate" in frontier_svg("vit", found)

@@ -11,7 +11,7 @@ from slimgrad.method import Block, Method, Offer, Record, Scope
 from slimgrad.methods.activations.coded_store import CodedStore
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
 
-_MOST = 12  # ways to code a block, before its schedules
+_MOST, _ACCURATE = 12, 4  # ways to code a block, before its schedules
 
 _T = TypeVar("_T")
 
@@ -35,15 +35,14 @@ def coded_ways(
 ) -> list[Way]:
     """What the methods ``stores`` make of a block, alone and in twos, under each schedule worth it.
 
-    Those of the fewest bytes are taken, half of them such as keep to ``error`` (of the whole gradient) with all that
-    they code: of others a schedule may keep a part that does. Unless it ``may_run_again``, nothing of the block is.
+    Those of the fewest bytes are taken, of which a schedule may keep a part as codes, and those of the fewest that keep
+    to ``error`` (of the whole gradient) with all that they code. Unless it ``may_run_again``, nothing of the block is.
     """
     coded = undominated(_coded(path, record, stores), lambda way: _price(way.record))
     leanest = sorted(coded, key=lambda way: _kept_bytes(way.record))
-    accurate = [way for way in leanest if way.record.squared_error <= error**2][: _MOST // 2]
-    others = [way for way in leanest if not any(way is a for a in accurate)]
+    accurate = [way for way in leanest[_MOST:] if way.record.squared_error <= error**2]
     found: list[Way] = []
-    for way in (*accurate, *others[: _MOST - len(accurate)]):
+    for way in (*leanest[:_MOST], *accurate[:_ACCURATE]):
         found += [w for w in _then(path, way, [SelectiveRecompute]) if w.record.coded]
     if may_run_again or record.graph is None:
         return found

@@ -35,6 +35,7 @@ from slimgrad.types import Exactness
 
 _CODING_SHARE = 0.15  # of a plain step's seconds that codes may take
 _NOISE = 0.02  # of the plain passes' seconds
+_SPENT = 0.9  # of the error that is allowed
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Allowed:
     compile: bool = True
     num_steps: int = 1000
     forbid: tuple[str, ...] = ()
+
+    @property
+    def planned_error(self) -> float:
+        """What plans spend of ``error``: errors are foretold to some percent, and the bound is to hold when measured."""
+        return _SPENT * (self.error or 0.0)
 
     def permits(self, method: Method | type[Method]) -> bool:
         """Whether a method may be used at all."""
@@ -233,8 +239,8 @@ def _coded(
 ) -> list[Option]:
     """The block with codes in place of what it saves; those left out that another is better than in every way."""
     block, found = layout.block(path), list[Option]()
-    again, error = allowed.permits(SelectiveRecompute), allowed.error or 0.0
-    for way in coded_ways(path, record, stores, error, may_run_again=again):
+    again = allowed.permits(SelectiveRecompute)
+    for way in coded_ways(path, record, stores, allowed.planned_error, may_run_again=again):
         changed = _replayed(layout, block, way.record)
         added = (changed.seconds - record.seconds) * scheme.repeats
         spent = sum(c.encode_s + c.decode_s for c in way.record.coded) * len(block.groups)
@@ -245,8 +251,7 @@ def _coded(
 
 def _is_within(option: Option, profile: Profile, allowed: Allowed) -> bool:
     """Whether the option alone keeps to what all of them together may bring of error, and take for codes."""
-    error = allowed.error or 0.0
-    is_accurate = option.record.squared_error <= error**2
+    is_accurate = option.record.squared_error <= allowed.planned_error**2
     return is_accurate and option.coding_s <= coding_limit_s(profile)
 
 

@@ -44,7 +44,7 @@ class Workbench:
             self._menus[key] = Menu(layout, self._offered[offered])
         menu = self._menus[key]
         self._saved_s = max(self._saved_s, menu.most_saved_s)
-        return Programme(scheme, menu, self.allowed.error or 0.0, coding_limit_s(self.profile))
+        return Programme(scheme, menu, self.allowed.planned_error, coding_limit_s(self.profile))
 
     def _layout(self, scheme: Scheme) -> Layout:
         key = id(scheme.trace)

@@ -54,12 +54,11 @@ def slim(
     each code's error of the gradient is measured first, and ``error`` (default 0.05) bounds that of the whole (relative L2).
 
     Returns a ``Step``: ``loss = step(batch)`` is forward, backward and optimizer. ``largest_batch`` is measured,
-    planned for and verified instead of ``batch``; what is done later with a batch that is longer still,
-    ``on_larger`` says (see ``apply``). ``folder`` is where offloaded bytes go. With ``verify`` the step's peak is
-    measured and its gradients are compared with plain training's before it is returned (``step.report``); where the
-    peak is above the budget, the plan is made again with what the prediction was short of kept free, and where an exact
-    method rounds more than is allowed on this model, without it. Without, nothing is run now and gradients are not
-    compared: the step measures its own first three calls, and tightens its plan between them (``step.history``,
+    planned for and verified instead of ``batch``; ``on_larger``: see ``apply``. ``folder`` is where offloaded bytes go.
+    With ``verify`` the step's peak is measured and its gradients are compared with plain training's before it is
+    returned (``step.report``); where the peak is above the budget, the plan is made again with what the prediction was
+    short of kept free, and where an exact method rounds more than is allowed on this model, without it. Without, the
+    step measures its own first three calls, and tightens its plan between them (``step.history``,
     ``step.tightenings``). ``allow_compile``: may blocks be compiled (None: where it pays off within ``steps``, 1000)?
 
     Raises ``BudgetError`` where nothing allowed fits, ``NonFiniteLoss`` where the loss of the sample batch is NaN or
@@ -73,8 +72,8 @@ def slim(
     sample = batch if largest_batch is None else largest_batch
     compiles = False if exactness == Exactness.BITWISE else allow_compile
     run: dict[str, Any] = {"allow_compile": compiles, "steps": steps}
-    coding = {"sensitivity": needs_sensitivity(exactness, error)}
-    profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes, **coding, **run)
+    kept: dict[str, Any] = {**run, "sensitivity": needs_sensitivity(exactness, error)}
+    profile = measure(model, optimizer, loss_fn, sample, limit_bytes=asked.bytes, **kept)
     run |= {"exactness": exactness, "error": error, "allow": allow, "forbid": forbid}
     replan = functools.partial(plan, profile, asked, clip_grad_norm=clip_grad_norm, **run)
     users: dict[str, Any] = {"model": model, "optimizer": optimizer, "loss_fn": loss_fn}
