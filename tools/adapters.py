@@ -40,8 +40,7 @@ WHY = {
     "velora": "pieces of every input that matrix products alone read; the adapters' second factor learns from exact inputs",
     "low_memory_bp": "adapters, weights and logits, which it leaves alone, are most of the peak: the share grows with the tokens "
     "of a step",
-    "lemo": "one seed, few windows: what predicted and drawn blocks teach is about the same; which tokens are attended to does "
-    "not tell which teach the most",
+    "lemo": "three seeds, twelve windows each: predicted blocks are better than drawn ones in the mean, by less than seeds differ",
 }
 
 Row = dict[str, Any]
