@@ -261,12 +261,10 @@ def _usage(defined: Any) -> str:
             r"""(: |-> )(['"])(.*?)\2(?=[,)]| = |$)""", r"\1\3", str(inspect.signature(found))
         ).removesuffix(" -> None")
         signature = re.sub(r"<function (\w+) at 0x\w+>", r"\1", signature)
-        parts.append(f"{found.__name__}{signature}\n{textwrap.indent(_told(found), '    ')}")
+        parts.append(
+            f"{found.__name__}{signature}\n{textwrap.indent(inspect.getdoc(found) or '', '    ')}"
+        )
     return "\n\n".join(parts)
-
-
-def _told(found: Any) -> str:
-    return inspect.getdoc(found) or ""
 
 
 def offered_to(described: Mapping[str, Any]) -> str:

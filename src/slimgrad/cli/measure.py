@@ -88,7 +88,7 @@ def _sensitivity_text(profile: Profile) -> str:
     from rich.table import Table
 
     from slimgrad.measuring.table import as_text
-    from slimgrad.planning.sensitivity import largest_errors
+    from slimgrad.planning.sensitivity import largest_errors, setting_text
 
     if not profile.coding:
         return "codes of saved tensors: no block saves a tensor that one of them is for"
@@ -100,16 +100,14 @@ def _sensitivity_text(profile: Profile) -> str:
     for name in heads if noise is None else [*heads, "of batch variance"]:
         table.add_column(name, justify="right")
     for setting, error in largest_errors(profile.coding):
-        name, fields = setting
         costs = [by[setting] for by in profile.coding.values() if setting in by]
         spent = (median(c.encode_s for c in costs), median(c.decode_s for c in costs))
         own, cosine = max(c.own_error for c in costs), min(c.own_cosine for c in costs)
-        shown = " ".join([name, *(f"{k}={v}" for k, v in fields)])
         figures = [f"{error:.2g}", f"{own:.2g}", f"{cosine:.4f}"]
         figures += [f"{1e9 * seconds:.2f}" for seconds in spent]
         if noise is not None:
             figures.append(f"{(error / noise) ** 2:.2g}" if noise else "")
-        table.add_row(shown, *figures)
+        table.add_row(setting_text(setting), *figures)
     return as_text(table, "", _SENSITIVITY_NOTE + (_NOISE_NOTE if noise is not None else ""))
 
 

@@ -99,12 +99,14 @@ def command(
 
 def _tell_other_shape(measured: Profile, spec: JobSpec) -> None:
     """A profile is of one batch: say so where the command line gives another shape."""
+    from slimgrad.batches import format_shapes
+
     given, asked = click.get_current_context().get_parameter_source, (spec.batch_size, spec.seq_len)
     named = [n for n in ("batch_size", "seq_len") if given(n) is ParameterSource.COMMANDLINE]
     shapes = {tuple(shape) for _, shape in measured.batch_shapes.values()}
     if not named or not shapes or asked in shapes:
         return
-    found = ", ".join(f"{path} {list(shape)}" for path, (_, shape) in measured.batch_shapes.items())
+    found = format_shapes(measured.batch_shapes)
     flags = " and ".join(f"--{n.replace('_', '-')}" for n in named)
     click.echo(
         f"note: the plan is for the batch that was measured ({found}); {flags} changes nothing: measure again",

@@ -163,7 +163,7 @@ def gradient_noise(host: Host, batch: Any, paths: Sequence[str]) -> dict[str, fl
     first, second = passes
     found: dict[str, float] = {}
     for path in ("", *paths):
-        mine = [n for n in first.keys() & second.keys() if is_within(n, path)]
+        mine = [n for n in first.keys() & second.keys() if _is_of(n, path)]
         length = sum(_squares(first[n].double() + second[n].double()) for n in mine)
         if length:
             apart = sum(_squares(first[n].double() - second[n].double()) for n in mine)
@@ -171,7 +171,7 @@ def gradient_noise(host: Host, batch: Any, paths: Sequence[str]) -> dict[str, fl
     return found
 
 
-def is_within(name: str, path: str) -> bool:
+def _is_of(name: str, path: str) -> bool:
     """Whether a parameter of this name is of the module at ``path``."""
     return not path or name.startswith(f"{path}.")
 
@@ -212,7 +212,7 @@ class _Passes:
         finally:
             undo()
         off = {n: _squares(g.double() - self._exact[n]) for n, g in found.items()}
-        own = [n for n in found if is_within(n, path)]
+        own = [n for n in found if _is_of(n, path)]
         length = sum(_squares(self._exact[n]) for n in own)
         lengths = length * sum(_squares(found[n]) for n in own)
         along = sum(float((found[n].double() * self._exact[n]).sum()) for n in own)
@@ -284,6 +284,12 @@ def _sample(use: Use, device: torch.device) -> Tensor:
     rows = max(1, min(use.num_elements, _SAMPLE_ELEMENTS) // row)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, row, generator=generator).to(device, use.torch_dtype)
+
+
+def setting_text(setting: Setting) -> str:
+    """A setting for a reader: ``quantized_store bits=4``."""
+    name, fields = setting
+    return " ".join([name, *(f"{k}={v}" for k, v in fields)])
 
 
 def largest_errors(costs: Costs) -> Sequence[tuple[Setting, float]]:

@@ -21,7 +21,7 @@ from slimgrad.measuring.report import (
 )
 from slimgrad.method import CodingCost
 from slimgrad.planning.plan import Plan
-from slimgrad.planning.sensitivity import largest_errors
+from slimgrad.planning.sensitivity import largest_errors, setting_text
 from slimgrad.planning.table import grouped, where
 from slimgrad.types import format_bytes, format_seconds
 
@@ -103,7 +103,7 @@ def _plan_rows(plan: Plan) -> list[PlanRow]:
 def _code_rows(profile: Profile) -> list[CodeRow]:
     rows: list[CodeRow] = []
     for setting, error in largest_errors(profile.coding):
-        name = " ".join([setting[0], *(f"{k}={v}" for k, v in setting[1])])
+        name = setting_text(setting)
         cells = [
             _code_cell(name, path, by.get(setting), profile.gradient_noise.get(path))
             for path, by in profile.coding.items()
