@@ -40,7 +40,8 @@ training's; figures are means over seeds, differences paired by seed, ± their s
 most, as a part of exact training's. *Error* is the relative
 L2 error of the first gradient, *measured before* what `measure(sensitivity=True)` said that it would be: the squares of what
 single blocks bring, added; at most twelve are tried with one setting and three with each other, which is said to be as much
-worse in between. That is an estimate and no bound: errors of many blocks at once are no sum where they are large. `slim`
+worse in between; and no less than what it brings on all blocks at once, or on as many as leave the gradient. That was on one
+batch, and draws differ: an estimate, not a bound. `slim`
 verifies the gradient of the plan that it made, and plans again for a smaller error where it is off by more than allowed.
 Loss: the mean of the last 10 training steps, against exact training's. Accuracy: points on what was not trained on.
 

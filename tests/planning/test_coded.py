@@ -300,7 +300,12 @@ def test_nothing_is_run_again_on_codes_that_only_backward_may_read(sample: str) 
     """A number on which the derivative is the level is not near to the tensor: no operation may start from it."""
     num_again = 0
     for path, record in records_of(sensitive_profile(sample)).items():
-        for way in coded_ways(path, record, list(stores().values())) if record.coding else []:
+        if record.graph is None or not record.coding:
+            continue
+        # what a schedule runs again follows from seconds: the same for each, they are not the machine's mood
+        even = tuple((1e-4, reads, writes) for _, reads, writes in record.graph.operations)
+        record = replace(record, graph=replace(record.graph, operations=even))
+        for way in coded_ways(path, record, list(stores().values())):
             graph = way.record.graph
             assert graph is not None
             codes = {c.number: c.is_near for c in way.record.coded}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.every_method.coded_blocks import sensitive_profile, stores
+from tests.every_method.coded_blocks import coded_settings, one_pass, sensitive_profile, stores
 from tests.plain_training import State, plain_step
 from tests.sample_models import SAMPLES, adamw
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ import slimgrad
 from slimgrad.errors import LossError, MethodError, PlanError
 from slimgrad.host import Host
 from slimgrad.measuring.profile import Profile
-from slimgrad.method import Block, CodingCost, Scope, Setting
+from slimgrad.method import Block, CodingCost, Refusal, Scope, Setting
+from slimgrad.methods.activations.approx_bp import ApproxBp
 from slimgrad.methods.activations.coded_store import CodedStore
+from slimgrad.methods.activations.few_bit import FewBit
 from slimgrad.methods.activations.half_store import HalfStore
 from slimgrad.methods.activations.quantized_store import QuantizedStore
 from slimgrad.planning import sensitivity
@@ -129,6 +132,64 @@ def test_the_share_of_each_tensor_is_that_of_its_own_method(
     for number, share in cost.shares:
         alone = passes.effect(path, chosen.only(number), measured.graph)
         assert share * cost.squared_error == pytest.approx(alone.squared_error, rel=0.75)
+
+
+def gradient_of(model: nn.Module, loss_fn: Any, batch: Any) -> Tensor:
+    """Of all parameters, in a row."""
+    return torch.cat([g.flatten().double() for g in one_pass(model, loss_fn, batch)[1].values()])
+
+
+@pytest.mark.parametrize("store", [ApproxBp, FewBit, HalfStore])
+def test_blocks_together_do_no_more_than_they_are_said_to(store: type[CodedStore]) -> None:
+    """Of equal blocks in a row the errors are alike, and more together than their squares add up to."""
+    torch.manual_seed(0)
+    block = Mlp()
+    model, batch = nn.Sequential(*(copy.deepcopy(block) for _ in range(6))), torch.randn(256, 16)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    kwargs = {"limit_s": 0.0, "allow_compile": False, "sensitivity": True}
+    profile = slimgrad.measure(model, None, loss_fn, batch, **kwargs)
+    exact = gradient_of(model, loss_fn, batch)
+    settings = coded_settings(profile, store)
+    assert not isinstance(settings, Refusal)
+    for coded in settings:
+        setting = next(iter(coded.by_path.values()))[0].setting
+        told = sum(costs[setting].squared_error for costs in profile.coding.values()) ** 0.5
+        undo = coded.attach(Host(model, None, loss_fn))
+        found = gradient_of(model, loss_fn, batch)
+        undo()
+        assert 0 < (found - exact).norm() / exact.norm() <= told * (1 + 1e-4), setting
+
+
+def test_errors_that_leave_no_gradient_are_not_tried_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks err by squares of 0.1, 0.2 and so on of the gradient's: four of them are no more than it."""
+    together: list[int] = []
+
+    def by_place(_: Any, path: str, *__: Any) -> sensitivity.Effect:
+        return sensitivity.Effect(0.1 + 0.1 * float(path), 0.1, 0.9)
+
+    def twice(_: Any, trials: Sequence[Any]) -> float:
+        together.append(len(trials))
+        return 2 * sum(0.1 + 0.1 * float(t.path) for t in trials)
+
+    monkeypatch.setattr(sensitivity._Passes, "effect", by_place)
+    monkeypatch.setattr(sensitivity._Passes, "squared_error", twice)
+    model, batch = nn.Sequential(*(Mlp() for _ in range(6))), torch.randn(128, 16)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    profile = slimgrad.measure(model, None, loss_fn, batch, limit_s=0.0, allow_compile=False)
+    costs = coding_costs(Host(model, None, loss_fn), batch, profile)
+    assert set(together) == {4}  # 0.1 + 0.2 + 0.3 + 0.4
+    for path, by_setting in costs.items():
+        for cost in by_setting.values():
+            assert cost.squared_error == pytest.approx(2 * (0.1 + 0.1 * float(path)))
+            assert cost.own_error == 0.1
 
 
 def test_the_noise_of_batches_is_that_of_their_samples() -> None:

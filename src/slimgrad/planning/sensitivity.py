@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -68,7 +68,8 @@ def coding_costs(
 
     One step is run as it is, and one with each setting on each of at most three blocks of one kind (twelve with one
     setting), from the same random state. Between those blocks, what is interpolated is how much worse a setting is than
-    that one: some blocks are more sensitive than their neighbours, to any code. Nothing of the user's is changed.
+    that one: some blocks are more sensitive than their neighbours, to any code. One step more has each setting on all
+    blocks at once, and tells how their errors add up. Nothing of the user's is changed.
 
     Raises ``LossError`` where a plain step does not fit into half of the memory that is free.
     """
@@ -95,7 +96,37 @@ def coding_costs(
                     continue  # no gradient is left: the setting is not offered there
                 cost = CodingCost(*spent, off.squared_error, mine, off.own_error, off.own_cosine)
                 costs.setdefault(trial.path, {})[setting] = cost
+        progress("each on all blocks at once")
+        _add_up(passes, kinds, costs)
     return costs
+
+
+def _add_up(passes: _Passes, kinds: Sequence[Sequence[_Trial]], costs: Costs) -> None:
+    """Let the errors of each setting be no less together than what it does on all its blocks at once.
+
+    Errors that have nothing to do with one another add up as squares; those of a code that errs to one side add up to
+    more. The blocks at once are all whose errors are together at most the gradient itself, the smallest first: larger
+    ones multiply.
+    """
+    by_setting: dict[Setting, list[_Trial]] = {}
+    for trials in kinds:
+        by_setting.setdefault(trials[0].store.setting, []).extend(trials)
+    for setting, trials in by_setting.items():
+        squares = {
+            t.path: c[setting].squared_error
+            for t in trials
+            if setting in (c := costs.get(t.path, {}))
+        }
+        by_error = sorted((t for t in trials if t.path in squares), key=lambda t: squares[t.path])
+        sums = np.cumsum([squares[t.path] for t in by_error])
+        num = int((sums <= 1.0).sum())
+        if num < 2:
+            continue
+        more = passes.squared_error(by_error[:num]) / float(sums[num - 1])
+        if math.isfinite(more) and more > 1:
+            for path in squares:
+                cost = costs[path][setting]
+                costs[path][setting] = replace(cost, squared_error=more * cost.squared_error)
 
 
 class _Sensitive:
@@ -164,9 +195,9 @@ def gradient_noise(host: Host, batch: Any, paths: Sequence[str]) -> dict[str, fl
     found: dict[str, float] = {}
     for path in ("", *paths):
         mine = [n for n in first.keys() & second.keys() if _is_of(n, path)]
-        length = sum(_squares(first[n].double() + second[n].double()) for n in mine)
+        length = sum(_squares(first[n] + second[n]) for n in mine)
         if length:
-            apart = sum(_squares(first[n].double() - second[n].double()) for n in mine)
+            apart = sum(_squares(first[n] - second[n]) for n in mine)
             found[path] = (apart / length) ** 0.5
     return found
 
@@ -203,15 +234,8 @@ class _Passes:
 
     def effect(self, path: str, store: CodedStore, graph: OperationGraph) -> Effect:
         """What the gradient is with ``store`` on one block, in which nothing is run again."""
-        block = Block(path, Scope.BLOCK, host=self._host)
-        undo = Undo(store.attach(block))
-        try:
-            undo.then(SelectiveRecompute(graph.saved).attach(block))
-            self._random.restore()
-            found = _gradients(self._host, self._batch)
-        finally:
-            undo()
-        off = {n: _squares(g.double() - self._exact[n]) for n, g in found.items()}
+        found = self._gradients_with([_Trial(path, store, graph)])
+        off = {n: _squares(g - self._exact[n]) for n, g in found.items()}
         own = [n for n in found if _is_of(n, path)]
         length = sum(_squares(self._exact[n]) for n in own)
         lengths = length * sum(_squares(found[n]) for n in own)
@@ -221,6 +245,24 @@ class _Passes:
             (sum(off[n] for n in own) / length) ** 0.5 if length else 0.0,
             along / lengths**0.5 if lengths else 1.0,
         )
+
+    def squared_error(self, trials: Sequence[_Trial]) -> float:
+        """That of the gradient with all ``trials`` at once."""
+        found = self._gradients_with(trials)
+        off = sum(_squares(g - self._exact[n]) for n, g in found.items())
+        return off / self._size if self._size else 0.0
+
+    def _gradients_with(self, trials: Sequence[_Trial]) -> dict[str, Tensor]:
+        undo = Undo()
+        try:
+            for trial in trials:
+                block = Block(trial.path, Scope.BLOCK, host=self._host)
+                undo.then(trial.store.attach(block))
+                undo.then(SelectiveRecompute(trial.graph.saved).attach(block))
+            self._random.restore()
+            return _gradients(self._host, self._batch)
+        finally:
+            undo()
 
 
 def _gradients(host: Host, batch: Any) -> dict[str, Tensor]:
@@ -234,7 +276,7 @@ def _gradients(host: Host, batch: Any) -> dict[str, Tensor]:
 
 
 def _squares(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum())
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def _widest(kinds: Sequence[Sequence[_Trial]]) -> dict[_Saves, _Trial]:
