@@ -21,9 +21,7 @@ def write_rows(
     """
     machine, day = asdict(this_machine()), datetime.date.today().isoformat()
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[Mapping[str, Any]] = []
-    if key and path.exists():
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_rows(path) if key else []
     for group in groups:
         new = [{**row, "machine": machine, "date": day} for row in group]
         if key:
@@ -31,3 +29,8 @@ def write_rows(
             rows = [row for row in rows if [row.get(k) for k in key] not in told]
         rows += new
         path.write_text("\n".join(json.dumps(row, default=str) for row in rows) + "\n")
+
+
+def read_rows(path: Path) -> list[Mapping[str, Any]]:
+    """The rows of a file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

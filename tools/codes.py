@@ -34,15 +34,14 @@ INTRODUCTION = """\
 What training loses when every block keeps all that a store suits as codes, at one setting and with no regard to a bound
 (plans use a code only where the bound on the error allows it). `vit` (4 blocks) and `cnn` (3 blocks) learn scikit-learn's
 digits from scratch; `minilm` is pretrained and fine-tuned, every parameter, to tell from 32 tokens which of eight topics
-of Python's documentation they are of; `smollm2`, pretrained, is asked for the next of 64 tokens, for its first gradient
+of Python's documentation they are of; `smollm2`, pretrained, is asked for the next of 64 tokens, for its gradient
 alone (`python benchmarks/finetuning.py`). Weights, order of batches and draws are exact
 training's; figures are means over seeds, differences paired by seed, ± their standard deviation. *Activations*: the ledger's
 most, as a part of exact training's. *Error* is the relative
-L2 error of the first gradient, *measured before* what `measure(sensitivity=True)` said that it would be: the squares of what
-single blocks bring, added; at most twelve are tried with one setting and three with each other, which is said to be as much
-worse in between; and no less than what it brings on all blocks at once, or on as many as leave the gradient. That was on one
-batch, and draws differ: an estimate, not a bound. `slim`
-verifies the gradient of the plan that it made, and plans again for a smaller error where it is off by more than allowed.
+L2 error of the second batch's gradient in the untrained model, *measured before* what `measure(sensitivity=True)` said of it,
+on the first batch: the squares of what single blocks bring, added (at most twelve are tried with one setting and three with
+each other, which is said to be as much worse in between), and no less than what all blocks at once bring, or as many as
+bring no more than the gradient. Batches and draws differ: that is an estimate, not a bound. `slim` verifies the gradient of the plan that it made, and plans again for a smaller error where it is off by more than allowed.
 Loss: the mean of the last 10 training steps, against exact training's. Accuracy: points on what was not trained on.
 
 Three ways replace layers, and nothing is measured before: `gradient_filter` in the `last` convolutions (7 are all of them);
@@ -132,7 +131,7 @@ def _model(model: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         size = format_bytes(first["activation_bytes"])
         return [
             f"## {model}",
-            f"First gradient alone; {where}. Exact: activations of {size}.",
+            f"Gradient alone; {where}. Exact: activations of {size}.",
             table(header, cells),
         ]
     loss, accuracy = mean(map(_loss, exact.values())), mean(r["accuracy"] for r in exact.values())
