@@ -55,7 +55,7 @@ CLAIMS = {
         "up to 50 % less training memory at comparable accuracy",
         "1/4 of the bytes of all that has a code; what an attention or a loss keeps beside blocks has none. `group_size` 0 is "
         "one range a tensor; 32, the default, one for each so many channels: the error on a pretrained MiniLM, some of "
-        "whose channels are far above the others, is a third with it",
+        "whose channels are far above the others, is less than half with it",
     ),
     "few_bit": (
         "the same convergence, activation functions' inputs at a few bits an element",

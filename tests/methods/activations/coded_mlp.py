@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -46,32 +47,31 @@ def made() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*(Mlp() for _ in range(NUM_BLOCKS))), torch.randn(NUM_ROWS, WIDTH)
 
 
-def records() -> dict[str, Record]:
-    """Each block's record, without what codes cost."""
+@functools.cache
+def record() -> Record:
+    """The record of a block between others, without what codes cost."""
     model, batch = made()
     profile = measure(model, None, mean_square, batch, limit_s=0.0, allow_compile=False)
     layout = layout_of(profile, profile.variants[()])
-    step = model_record(profile, 1, None)
-    return {p: block_record(profile, layout, b, model=step) for p, b in layout.blocks.items()}
+    return block_record(profile, layout, layout.blocks["1"], model=model_record(profile, 1, None))
 
 
-def attached(model: nn.Module, record: Record, setting: CodedStore | None) -> CodedStore | None:
+def attached(model: nn.Module, setting: CodedStore | None) -> CodedStore | None:
     """``setting`` on what it suits of every block, nothing run again; the store on one block."""
-    assert record.graph is not None
-    host, store = Host(model, None, mean_square), setting and setting.on(record)
-    schedule = SelectiveRecompute(
-        tuple(s for s, saved in enumerate(record.graph.is_saved) if saved)
-    )
+    graph = record().graph
+    assert graph is not None
+    host, store = Host(model, None, mean_square), setting and setting.on(record())
+    schedule = SelectiveRecompute(graph.saved)
     for path in map(str, range(NUM_BLOCKS)):
         for method in (store, schedule) if store else (schedule,):
             method.attach(Block(path, Scope.BLOCK, host=host))
     return store
 
 
-def held_bytes(record: Record, setting: CodedStore | None) -> int:
+def held_bytes(setting: CodedStore | None) -> int:
     """The ledger's activations between forward and backward."""
     model, batch = made()
-    attached(model, record, setting)
+    attached(model, setting)
     with Ledger(model) as ledger:
         loss = mean_square(model, batch)
     held = int(ledger.timeline.columns[Column.ACTIVATIONS][-1])
@@ -79,15 +79,34 @@ def held_bytes(record: Record, setting: CodedStore | None) -> int:
     return held
 
 
-def freed_bytes(record: Record, setting: CodedStore) -> int:
+def freed_bytes(setting: CodedStore) -> int:
     """By how much they are fewer with ``setting`` on every block."""
-    return held_bytes(record, None) - held_bytes(record, setting)
+    return held_bytes(None) - held_bytes(setting)
 
 
-def offered(record: Record, store: CodedStore) -> Record:
+def offered(store: CodedStore) -> Record:
     """The record that ``store`` offers, with costs of a nanosecond an element."""
     costs: Any = {store.setting: CodingCost(1e-9, 1e-9, 1e-6)}
-    offer = store.offer(Block("0", Scope.BLOCK, replace(record, coding=costs)))
+    offer = store.offer(Block("0", Scope.BLOCK, replace(record(), coding=costs)))
     assert isinstance(offer, Offer)
     assert isinstance(offer.record, Record)
     return offer.record
+
+
+def gradients(setting: CodedStore | None) -> dict[str, Tensor]:
+    """Of each parameter and of the batch, with ``setting`` on every block."""
+    model, batch = made()
+    attached(model, setting)
+    batch.requires_grad_()
+    mean_square(model, batch).backward()
+    tensors = {**dict(model.named_parameters()), "batch": batch}
+    return {name: t.grad for name, t in tensors.items() if t.grad is not None}
+
+
+def assert_only_weights_are_off(setting: CodedStore) -> dict[str, tuple[Tensor, Tensor]]:
+    """All gradients but those of linear layers' weights are plain's; of these: name -> theirs and plain's."""
+    plain, ours = gradients(None), gradients(setting)
+    weights = {name for name in plain if name.endswith(("up.weight", "down.weight"))}
+    for name, gradient in plain.items():
+        assert torch.equal(ours[name], gradient) is (name not in weights), name
+    return {name: (ours[name], plain[name]) for name in weights}

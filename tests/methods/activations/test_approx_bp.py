@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tests.methods.activations.coded_mlp import (
@@ -14,32 +12,26 @@ from tests.methods.activations.coded_mlp import (
     made,
     mean_square,
     offered,
-    records,
+    record,
 )
 
 from slimgrad.code import Use
 from slimgrad.coding.approx_bp import ApproxBpCode
 from slimgrad.errors import MethodError
-from slimgrad.method import Record
 from slimgrad.methods.activations.approx_bp import FUNCTIONS, ApproxBp
-
-
-@functools.cache
-def record() -> Record:
-    return records()["1"]
 
 
 def test_two_bits_of_what_gelu_saves_stay() -> None:
     store = ApproxBp().on(record())
-    assert [c.num_bytes for c in offered(record(), store).coded] == [UP // 4]
-    assert freed_bytes(record(), ApproxBp()) == NUM_BLOCKS * (4 * UP - UP // 4)
+    assert [c.num_bytes for c in offered(store).coded] == [UP // 4]
+    assert freed_bytes(ApproxBp()) == NUM_BLOCKS * (4 * UP - UP // 4)
 
 
 def test_the_forward_pass_is_plains_and_backward_multiplies_by_the_levels() -> None:
     found = []
     for setting in (None, ApproxBp()):
         model, batch = made()
-        attached(model, record(), setting)
+        attached(model, setting)
         loss = mean_square(model, batch)
         loss.backward()
         found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))

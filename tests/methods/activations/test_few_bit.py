@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tests.methods.activations.coded_mlp import (
@@ -14,33 +12,27 @@ from tests.methods.activations.coded_mlp import (
     made,
     mean_square,
     offered,
-    records,
+    record,
 )
 from torch import nn
 
 import slimgrad
 from slimgrad.code import Use
 from slimgrad.errors import MethodError
-from slimgrad.method import Record
 from slimgrad.methods.activations.few_bit import FUNCTIONS, READERS, FewBit
-
-
-@functools.cache
-def record() -> Record:
-    return records()["1"]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_bits_of_32_of_what_gelu_saves_stay(bits: int) -> None:
     store = FewBit(bits=bits).on(record())
-    assert [c.num_bytes for c in offered(record(), store).coded] == [UP * bits // 8]
-    assert freed_bytes(record(), FewBit(bits=bits)) == NUM_BLOCKS * (4 * UP - UP * bits // 8)
+    assert [c.num_bytes for c in offered(store).coded] == [UP * bits // 8]
+    assert freed_bytes(FewBit(bits=bits)) == NUM_BLOCKS * (4 * UP - UP * bits // 8)
 
 
 def gradients(bits: int | None) -> dict[str, torch.Tensor]:
     model, batch = made()
     if bits is not None:
-        attached(model, record(), FewBit(bits=bits))
+        attached(model, FewBit(bits=bits))
     mean_square(model, batch).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 

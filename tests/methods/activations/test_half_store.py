@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tests.methods.activations.coded_mlp import (
@@ -12,27 +10,21 @@ from tests.methods.activations.coded_mlp import (
     UP,
     freed_bytes,
     offered,
-    records,
+    record,
 )
 
 from slimgrad.code import Use
-from slimgrad.method import Record
 from slimgrad.methods.activations.half_store import HalfStore
-
-
-@functools.cache
-def record() -> Record:
-    return records()["1"]
 
 
 def test_half_of_the_float32_tensors_of_a_block_stays() -> None:
     covered = 4 * (2 * UP + NORMED)
-    assert freed_bytes(record(), HalfStore()) == NUM_BLOCKS * covered // 2
+    assert freed_bytes(HalfStore()) == NUM_BLOCKS * covered // 2
 
 
 def test_the_offer_says_the_same() -> None:
     store = HalfStore().on(record())
-    coded = offered(record(), store).coded
+    coded = offered(store).coded
     assert sorted(c.num_bytes for c in coded) == [2 * NORMED, 2 * UP, 2 * UP]
     assert sum(c.encode_s for c in coded) == pytest.approx(1e-9 * (2 * UP + NORMED))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tests.methods.activations.coded_mlp import (
@@ -15,21 +13,15 @@ from tests.methods.activations.coded_mlp import (
     made,
     mean_square,
     offered,
-    records,
+    record,
 )
 
 from slimgrad.errors import MethodError
-from slimgrad.method import Record
 from slimgrad.methods.activations.mesa import Mesa
 
 
-@functools.cache
-def record() -> Record:
-    return records()["1"]
-
-
 def test_a_byte_an_element_and_a_range_a_group_stay() -> None:
-    store, changed = Mesa().on(record()), offered(record(), Mesa().on(record()))
+    store, changed = Mesa().on(record()), offered(Mesa().on(record()))
     graph = record().graph
     assert graph is not None
     covered = sum(graph.num_bytes[s] for s in store.storages)
@@ -37,14 +29,14 @@ def test_a_byte_an_element_and_a_range_a_group_stay() -> None:
     rows = [graph.uses[s].row for s in store.storages]  # type: ignore[union-attr]
     assert sorted(rows) == [WIDTH, HIDDEN, HIDDEN]
     assert predicted == covered // 4 + 8 * sum(row // Mesa().group_size for row in rows)
-    assert freed_bytes(record(), Mesa()) == NUM_BLOCKS * (covered - predicted)
+    assert freed_bytes(Mesa()) == NUM_BLOCKS * (covered - predicted)
 
 
 def test_the_forward_pass_is_plains_and_the_gradient_near() -> None:
     found = []
     for setting in (None, Mesa()):
         model, batch = made()
-        attached(model, record(), setting)
+        attached(model, setting)
         loss = mean_square(model, batch)
         loss.backward()
         found.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tests.coding.unbiased import assert_mean
@@ -11,56 +9,40 @@ from tests.methods.activations.coded_mlp import (
     NORMED,
     NUM_BLOCKS,
     UP,
+    assert_only_weights_are_off,
     attached,
     freed_bytes,
+    gradients,
     made,
     mean_square,
     offered,
-    records,
+    record,
 )
 
 from slimgrad.code import Use
 from slimgrad.errors import MethodError
-from slimgrad.method import Record
 from slimgrad.methods.activations.projected_store import ProjectedStore
-
-
-@functools.cache
-def record() -> Record:
-    return records()["1"]
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
 def test_exactly_the_ratio_of_the_width_stays(ratio: float) -> None:
     store = ProjectedStore(ratio=ratio)
-    predicted = sum(c.num_bytes for c in offered(record(), store.on(record())).coded)
+    predicted = sum(c.num_bytes for c in offered(store.on(record())).coded)
     covered = 4 * (
         UP + NORMED
     )  # what both products save: float32 after GELU, and the norm's output
     assert predicted == ratio * covered
-    assert freed_bytes(record(), store) == NUM_BLOCKS * (covered - predicted)
-
-
-def gradients(setting: ProjectedStore | None) -> dict[str, torch.Tensor]:
-    model, batch = made()
-    attached(model, record(), setting)
-    batch.requires_grad_()
-    mean_square(model, batch).backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return found | ({"batch": batch.grad} if batch.grad is not None else {})
+    assert freed_bytes(store) == NUM_BLOCKS * (covered - predicted)
 
 
 def test_gradients_but_those_of_weights_are_exact() -> None:
-    plain, ours = gradients(None), gradients(ProjectedStore())
-    for name, gradient in plain.items():
-        is_product = name.endswith(("up.weight", "down.weight"))
-        assert torch.equal(ours[name], gradient) is not is_product, name
+    assert_only_weights_are_off(ProjectedStore())
 
 
 def test_the_mean_over_draws_is_the_exact_gradient_and_a_scaled_twins_is_not() -> None:
     plain = gradients(None)["2.up.weight"].double()
     model, batch = made()
-    attached(model, record(), ProjectedStore())
+    attached(model, ProjectedStore())
 
     def drawn() -> torch.Tensor:
         model.zero_grad()

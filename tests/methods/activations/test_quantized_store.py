@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tests.methods.activations.coded_mlp import (
@@ -12,26 +10,20 @@ from tests.methods.activations.coded_mlp import (
     UP,
     freed_bytes,
     offered,
-    records,
+    record,
 )
 
 from slimgrad.errors import MethodError
-from slimgrad.method import Record
 from slimgrad.methods.activations.quantized_store import QuantizedStore
-
-
-@functools.cache
-def record() -> Record:
-    return records()["1"]
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_bits_of_32_and_the_ranges_stay(bits: int) -> None:
     covered = 2 * UP + NORMED
     kept = covered * bits // 8 + covered // 256 * 8
-    assert freed_bytes(record(), QuantizedStore(bits=bits)) == NUM_BLOCKS * (4 * covered - kept)
+    assert freed_bytes(QuantizedStore(bits=bits)) == NUM_BLOCKS * (4 * covered - kept)
     store = QuantizedStore(bits=bits).on(record())
-    assert sum(c.num_bytes for c in offered(record(), store).coded) == kept
+    assert sum(c.num_bytes for c in offered(store).coded) == kept
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tests.coding.unbiased import assert_mean
@@ -16,18 +14,12 @@ from tests.methods.activations.coded_mlp import (
     made,
     mean_square,
     offered,
-    records,
+    record,
 )
 
 from slimgrad.code import Use
 from slimgrad.errors import MethodError
-from slimgrad.method import Record
 from slimgrad.methods.activations.stochastic_store import StochasticStore
-
-
-@functools.cache
-def record() -> Record:
-    return records()["1"]
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -35,8 +27,8 @@ def test_bits_of_32_and_the_ranges_of_what_products_read_stay(bits: int) -> None
     covered = UP + NORMED  # not what GELU saves
     kept = covered * bits // 8 + covered // 256 * 8
     store = StochasticStore(bits=bits).on(record())
-    assert sum(c.num_bytes for c in offered(record(), store).coded) == kept
-    assert freed_bytes(record(), StochasticStore(bits=bits)) == NUM_BLOCKS * (4 * covered - kept)
+    assert sum(c.num_bytes for c in offered(store).coded) == kept
+    assert freed_bytes(StochasticStore(bits=bits)) == NUM_BLOCKS * (4 * covered - kept)
 
 
 def test_what_backward_uses_otherwise_is_not_touched() -> None:
@@ -70,7 +62,7 @@ def test_gradients_of_biases_and_of_the_input_are_exact() -> None:
     for setting in (None, StochasticStore(bits=2)):
         model, batch = made()
         if setting is not None:
-            attached(model, record(), setting)
+            attached(model, setting)
         batch.requires_grad_()
         mean_square(model, batch).backward()
         found.append({n: p.grad for n, p in model.named_parameters()} | {"batch": batch.grad})

@@ -2,55 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tests.methods.activations.coded_mlp import (
     NORMED,
     NUM_BLOCKS,
     UP,
-    attached,
+    assert_only_weights_are_off,
     freed_bytes,
-    made,
-    mean_square,
+    gradients,
     offered,
-    records,
+    record,
 )
 
 from slimgrad.code import Use
 from slimgrad.errors import MethodError
-from slimgrad.method import Record
 from slimgrad.methods.activations.wta_crs import WtaCrs
-
-
-@functools.cache
-def record() -> Record:
-    return records()["1"]
 
 
 def test_the_kept_share_of_rows_and_their_numbers_stay() -> None:
     store = WtaCrs(keep=0.25).on(record())
-    predicted = sum(c.num_bytes for c in offered(record(), store).coded)
+    predicted = sum(c.num_bytes for c in offered(store).coded)
     covered = 4 * (UP + NORMED)
     assert 0.25 * covered <= predicted <= 0.27 * covered + 2 * 128 * 8
-    assert freed_bytes(record(), WtaCrs(keep=0.25)) == NUM_BLOCKS * (covered - predicted)
-
-
-def gradients(setting: WtaCrs | None) -> dict[str, torch.Tensor]:
-    model, batch = made()
-    attached(model, record(), setting)
-    batch.requires_grad_()
-    mean_square(model, batch).backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return found | ({"batch": batch.grad} if batch.grad is not None else {})
+    assert freed_bytes(WtaCrs(keep=0.25)) == NUM_BLOCKS * (covered - predicted)
 
 
 def test_gradients_but_those_of_weights_are_exact() -> None:
-    plain, ours = gradients(None), gradients(WtaCrs())
-    for name, gradient in plain.items():
-        is_product = name.endswith(("up.weight", "down.weight"))
-        assert torch.equal(ours[name], gradient) is not is_product, name
+    assert_only_weights_are_off(WtaCrs())
 
 
 def test_the_mean_over_draws_is_nearer_than_one_draw() -> None:
