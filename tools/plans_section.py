@@ -16,8 +16,8 @@ The fastest plans whose activations are within a share of plain training's and t
 convolution again, without codes (`exact`) and with codes whose error is at most 5 % of the gradient (`approximate`); forward
 and backward alone (`python benchmarks/approximate.py`, `--autocast` for bf16). *Activations* are the ledger's most, as a part
 of plain training's; of a model in bf16 autocast, of its own. Time: medians of turns in one process, against plain's. *Error*:
-relative L2 of the gradient, and what the plan said that it would be. `offload_activations` and `selective_recompute` also
-move tensors to files."""
+relative L2 of the gradient, and what the plan said that it would be; that of `exact` plans in bf16 is autocast's rounding, of
+sums in another order. `offload_activations` and `selective_recompute` also move tensors to files."""
 
 
 def section() -> list[str]:
