@@ -21,7 +21,7 @@ from slimgrad.measuring.fake import is_fake
 from slimgrad.measuring.machine import free_bytes
 from slimgrad.measuring.profile import Profile
 from slimgrad.measuring.randomness import RandomState
-from slimgrad.measuring.stopwatch import seconds_of
+from slimgrad.measuring.stopwatch import OtherData, seconds_of
 from slimgrad.measuring.trace import checked_loss, untouched
 from slimgrad.method import Block, CodingCost, OperationGraph, Scope, Setting, Undo
 from slimgrad.methods.activations.coded_store import CodedStore
@@ -310,15 +310,21 @@ def _of(storages: Sequence[int], errors: Mapping[int, float]) -> tuple[tuple[int
 
 
 def _seconds(trial: _Trial, device: torch.device) -> tuple[float, float]:
-    """Seconds an element to encode and to decode, on values like those of a normed layer."""
+    """Seconds an element to encode and to decode, on values like those of a normed layer that the cache does not hold."""
     uses = [use for s in trial.store.storages if (use := trial.graph.uses[s]) is not None]
     use = max(uses, key=lambda use: use.num_elements)
     sample, code = _sample(use, device), trial.store.code()
-    code.encode(sample).decode()
-    spent = [seconds_of(lambda: code.encode(sample), device) for _ in range(_ROUNDS)]
-    encoded = code.encode(sample)
-    back = [seconds_of(encoded.decode, device) for _ in range(_ROUNDS)]
-    return median(spent) / sample.numel(), median(back) / sample.numel()
+    encoded, other = code.encode(sample), OtherData(device)
+
+    def cold(run: Callable[[], object]) -> float:
+        run()
+        found: list[float] = []
+        for _ in range(_ROUNDS):
+            other.use()
+            found.append(seconds_of(run, device))
+        return median(found) / sample.numel()
+
+    return cold(lambda: code.encode(sample)), cold(encoded.decode)
 
 
 def _sample(use: Use, device: torch.device) -> Tensor:

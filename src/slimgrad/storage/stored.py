@@ -50,10 +50,17 @@ class Stored:
             self._store.free(slot)
 
 
+def is_whole(tensor: Tensor) -> bool:
+    """Whether ``tensor``'s storage is a whole number of its elements."""
+    return tensor.untyped_storage().nbytes() % tensor.element_size() == 0
+
+
 def whole_storage(tensor: Tensor) -> Tensor | None:
     """``tensor``'s storage as a flat view; None where it is no whole number of elements.
 
     It shares the version counter of ``tensor``, by which a modification is found.
     """
-    num_elements, rest = divmod(tensor.untyped_storage().nbytes(), tensor.element_size())
-    return None if rest else tensor.detach().as_strided((num_elements,), (1,), 0)
+    if not is_whole(tensor):
+        return None
+    num_elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.detach().as_strided((num_elements,), (1,), 0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from slimgrad.code import Code, PlacedCode
 from slimgrad.methods.activations.coded import Coded
 from slimgrad.methods.activations.values import Value
 from slimgrad.storage import Store
-from slimgrad.storage.stored import Stored, whole_storage
+from slimgrad.storage.stored import Stored, is_whole, whole_storage
 
 
 class Moving:
@@ -26,9 +27,7 @@ class Moving:
         self._numbers = numbers
         self._store = store
         self._codes = codes
-        self._waiting: list[
-            tuple[Value, Code | None, Tensor, Tensor]
-        ] = []  # for the next operation
+        self._waiting: list[tuple[Value, Code | None, Tensor]] = []  # for the next operation
         self._saved: list[weakref.ref[Value]] = []  # in the order in which they were saved last
 
     def add(self, number: int | None, origin: int, value: Value, tensor: Tensor) -> None:
@@ -41,23 +40,27 @@ class Moving:
             return
         code = placed.code if placed is not None else None
         if value.num_handles == 1 and value.stored is None:
-            whole = whole_storage(tensor)
-            if whole is None:
+            if not is_whole(tensor):
                 value.keep(tensor)
                 return
-            self._waiting.append((value, code, tensor.detach(), whole))
+            self._waiting.append((value, code, tensor))
         self._saved.append(weakref.ref(value))
 
     def start_writes(self) -> None:
         """Write what was saved since the last operation; its storage is let go when it is written."""
-        while self._waiting:
-            value, code, shown, whole = self._waiting.pop(0)
-            if value.is_kept:
-                continue
-            if code is not None:
-                value.stored = Coded(code, shown, whole)
-            elif self._store is not None:
-                value.stored = Stored(self._store, whole)
+        if self._waiting:
+            with torch.no_grad():
+                while self._waiting:
+                    self._write(*self._waiting.pop(0))
+
+    def _write(self, value: Value, code: Code | None, tensor: Tensor) -> None:
+        whole = whole_storage(tensor)
+        if value.is_kept or whole is None:
+            return
+        if code is not None:
+            value.stored = Coded(code, tensor, whole)
+        elif self._store is not None:
+            value.stored = Stored(self._store, whole)
 
     def end(self) -> None:
         """Forward is over. On the CPU nothing is left to be written, so that the bytes are gone from here on."""

@@ -133,14 +133,14 @@ class Tape(TorchDispatchMode):
         kwargs, kind = kwargs or {}, _kind(func)
         if kind.is_of_interpreter:
             return func(*args, **kwargs)
-        leaves, nest = flattened(args, kwargs)
-        if kind.statistics and leaves[_TRAINING] is True:
-            leaves = [None if i in kind.statistics else x for i, x in enumerate(leaves)]
         if kind.is_view:  # it reads and makes no value
-            for x in leaves:
+            for x in args:
                 if isinstance(x, Tensor) and is_plain(x):
                     self._value(x)
             return func(*args, **kwargs)
+        leaves, nest = flattened(args, kwargs)
+        if kind.statistics and leaves[_TRAINING] is True:
+            leaves = [None if i in kind.statistics else x for i, x in enumerate(leaves)]
         noted = [
             Argument(self._value(x), Geometry.of(x)) if isinstance(x, Tensor) and is_plain(x) else x
             for x in leaves
