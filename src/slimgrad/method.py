@@ -98,8 +98,9 @@ class CompiledCost:
 class CodedStorage:
     """A saved storage, by its number, that is kept as a code of ``num_bytes``, and what that costs.
 
-    ``squared_error`` is what the code does to the whole step's gradient: the square of the relative L2 error. Where it
-    ``is_near``, what is decoded is near to the tensor, and operations may be run again on it.
+    ``squared_error`` is what the code, of this ``setting``, does to the whole step's gradient: the square of the relative
+    L2 error. Where it ``is_near``, what is decoded is near to the tensor, and operations may be run again on it. Where it
+    ``is_smooth``, so is what backward makes of the storage: it may be made again from what is near.
     """
 
     number: int
@@ -107,7 +108,9 @@ class CodedStorage:
     encode_s: float
     decode_s: float
     squared_error: float
+    setting: Setting
     is_near: bool = True
+    is_smooth: bool = True
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from slimgrad.comparing.report import save_html
 from slimgrad.comparing.rows import Row, load_rows, save_rows
 from slimgrad.comparing.verdict import duels, prediction
 from slimgrad.errors import BudgetFormatError, LoadError, StorageError, UnsupportedError
+from slimgrad.planning import offers
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +258,8 @@ def test_a_contest_asked_for_wrongly_is_refused_at_once():
         Contest(error=1.0)
 
 
-def test_approximate_plans_stay_within_budget_and_error(tmp_path):
+def test_approximate_plans_stay_within_budget_and_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(offers, "_CODING_SHARE", 10.0)  # on a model of toy size codes do not pay
     asked = Contest(["vit"], [], ["min", "70%"], 1, 1, "small", allow_compile=False, error=0.2)
     (found,) = run(asked)
     rows = named(found)

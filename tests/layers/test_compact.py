@@ -271,6 +271,8 @@ def test_what_it_refuses():
         CompactAdam(Beside().parameters(), gap=0)
     with pytest.raises(UnsupportedError, match="none in LayerNorm"):
         compact(nn.LayerNorm(3))
+    with pytest.raises(MethodError, match="a list of paths"):
+        compact(Beside(), layers="query")
     model = small_model(width=16)
     with pytest.raises(
         UnsupportedError, match=r"expected an nn\.Linear with a weight of its own.* at 'embed'"

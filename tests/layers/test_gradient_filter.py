@@ -257,8 +257,11 @@ def test_autocast():
 
 
 def test_what_it_refuses():
-    with pytest.raises(MethodError, match="1 or more pixels"):
-        gradient_filter(Net(), 0)
+    for patch in (0, 1.5):
+        with pytest.raises(MethodError, match="1 or more whole pixels"):
+            gradient_filter(Net(), patch)
+    with pytest.raises(MethodError, match="a list of paths"):
+        gradient_filter(Net(), layers="head")
     with pytest.raises(UnsupportedError, match="none in Linear"):
         gradient_filter(nn.Linear(2, 2))
     with pytest.raises(UnsupportedError, match="padded with zeros at 'head'"):

@@ -219,6 +219,8 @@ def test_what_it_refuses():
         model(input_ids=ids_of(), use_cache=True)
     with pytest.raises(UnsupportedError, match="two batches or more"):
         lemo.fit([{"input_ids": ids_of()}])
+    with pytest.raises(UnsupportedError, match="keyword arguments of the model"):
+        lemo.fit([ids_of(), ids_of()])
     with pytest.raises(UnsupportedError, match="logits of all tokens"):
         lemo.loss(torch.randn(3, 5, 128), ids_of())
 

@@ -9,7 +9,8 @@ from tests.sample_models import SAMPLES, adamw
 from torch import nn
 
 from slimgrad import Ledger, Profile, measure, plan
-from slimgrad.errors import BatchError, ModelError, PlanError
+from slimgrad.errors import BatchError, ModelError, PlanError, UnsupportedError
+from slimgrad.layers.compact import compact
 from slimgrad.measuring.profile import fingerprint
 from slimgrad.types import Column
 
@@ -92,6 +93,16 @@ def test_a_frozen_model_is_refused():
     model.requires_grad_(False)
     with pytest.raises(ModelError, match="requires_grad_"):
         measure(model, optimizer, loss_fn, batch)
+
+
+def test_gradients_that_methods_do_not_know_are_refused():
+    model, loss_fn, batch = SAMPLES["mlp"].make()
+    compact(model)
+    with pytest.raises(UnsupportedError, match="of compact"):
+        measure(model, None, loss_fn, batch)
+    words = nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Linear(4, 1))
+    with pytest.raises(UnsupportedError, match="'0' is a sparse tensor"):
+        measure(words, None, lambda model, batch: model(batch).mean(), torch.zeros(2, 3).long())
 
 
 def test_the_optimizer_of_another_model_is_refused():

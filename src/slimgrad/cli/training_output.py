@@ -55,7 +55,9 @@ class ForPeople:
         for name, figure, held in result.rows:
             click.echo(f"{name:<42} {figure}  {marks[held]}".rstrip())
         if result.checkpoint is not None:
-            click.echo(f"checkpoint: {result.checkpoint} (go on with --resume)")
+            click.echo(
+                f"checkpoint: {result.checkpoint} (go on with 'slimgrad train --resume' and the same options)"
+            )
         if report is not None:
             click.echo(f"memory report: {report}")
 

@@ -12,7 +12,7 @@ Exactness: unbiased: the lifted gradient over seeds, its variance about D / R ti
     against Adam's 2.173 (best of three rates) and 2.340 with frozen layers.
 Limits: ``nn.Linear`` with weights of its own: tied ones, a Hugging Face model's output layer, and that of ``nn.MultiheadAttention``, whose
     forward nobody calls, are left as they are, and raise ``UnsupportedError`` where they are named. ``weight.grad`` stays None: optimizers other than ``CompactAdam`` do not train these
-    weights, ``model.zero_grad()`` and gradient clipping do not know the small gradients. What an attention kernel or an
+    weights, ``model.zero_grad()`` and gradient clipping do not know the small gradients, and plans refuse such a model. What an attention kernel or an
     activation function keeps of the same tensor stays. No second derivatives.
 References: Shamshoum et al. (2024), figure 2, and the authors' linear layer and optimizers. *departs:* one seed for the layers that stand beside each
     other with inputs of the same width, for they may read the same one (queries, keys and values); moments are kept when P
@@ -34,7 +34,7 @@ from slimgrad.errors import MethodError, UnsupportedError
 from slimgrad.layers.compact_adam import CompactAdam
 from slimgrad.layers.compaction import Compaction, Projected, link
 from slimgrad.method import Paper, Undo, component
-from slimgrad.replaced_forward import replace_forward
+from slimgrad.replaced_forward import layers_named, replace_forward
 from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 
@@ -149,9 +149,7 @@ def _chosen(model: nn.Module, layers: Collection[str] | None) -> dict[str, nn.Li
         is_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         return is_linear and id(module) not in left and owners[id(module.weight)] == 1
 
-    names = (
-        [name for name, module in modules.items() if may_be(module)] if layers is None else layers
-    )
+    names = layers_named(layers, [name for name, module in modules.items() if may_be(module)])
     found: dict[str, nn.Linear] = {}
     for name in names:
         module: Any = modules.get(name)

@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from slimgrad.errors import MethodError, UnsupportedError
 from slimgrad.method import Paper, Undo, component
-from slimgrad.replaced_forward import replace_forward
+from slimgrad.replaced_forward import layers_named, replace_forward
 from slimgrad.single_backward import single_backward
 from slimgrad.types import Column, Exactness
 
@@ -179,11 +179,12 @@ def gradient_filter(
 ) -> Undo:
     """Let convolutions of ``model`` go back on patches of ``patch`` x ``patch`` pixels, in place.
 
-    ``layers`` are the paths of those to change, None all. Raises MethodError for a patch below 1, UnsupportedError for
+    ``layers`` are the paths of those to change, None all. Raises MethodError for a patch that is no whole number from 1 on
+    and for ``layers`` that are one string, UnsupportedError for
     a chosen layer that is no ``nn.Conv2d`` padded with zeros, or where there is none.
     """
-    if patch < 1:
-        raise MethodError(f"expected patches of 1 or more pixels a side, found {patch}")
+    if type(patch) is not int or patch < 1:
+        raise MethodError(f"expected patches of 1 or more whole pixels a side, found {patch}")
     undo = Undo()
     try:
         for conv in _chosen(model, layers).values():
@@ -203,9 +204,7 @@ def _forward_of(patch: int) -> Callable[..., Tensor]:
 
 def _chosen(model: nn.Module, layers: Collection[str] | None) -> dict[str, nn.Conv2d]:
     modules = dict(model.named_modules())
-    names = (
-        [n for n, m in modules.items() if isinstance(m, nn.Conv2d)] if layers is None else layers
-    )
+    names = layers_named(layers, [n for n, m in modules.items() if isinstance(m, nn.Conv2d)])
     found: dict[str, nn.Conv2d] = {}
     for name in names:
         module = modules.get(name)

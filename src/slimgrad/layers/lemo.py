@@ -219,10 +219,16 @@ class LeMo:
     ) -> dict[int, float]:
         """Train the predictors on the model's own attention; of each stage, the recall on the last batch.
 
+        Batches are keyword arguments of the model: ``[{"input_ids": ids}, ...]``.
+
         Recall is the share of the most attended blocks that are chosen. The last of the batches trains
         nothing; it counts in the mean of each place.
-        Raises UnsupportedError for fewer than two.
+        Raises UnsupportedError for fewer than two, or for those that are no mappings.
         """
+        if not all(hasattr(batch, "keys") for batch in batches):
+            raise UnsupportedError(
+                'expected batches as keyword arguments of the model: [{"input_ids": ids}, ...]'
+            )
         if len(batches) < 2:
             raise UnsupportedError(
                 f"expected two batches or more, the last to test on, found {len(batches)}"

@@ -13,8 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from slimgrad.batches import batch_shapes, batch_size, check_batch
-from slimgrad.errors import ModelError
+from slimgrad.errors import ModelError, UnsupportedError
 from slimgrad.host import Host, LossFn
+from slimgrad.layers.compaction import compaction_of
 from slimgrad.measuring.blocks import cut, cut_large
 from slimgrad.measuring.clock import OpKey, Rates, time_operations
 from slimgrad.measuring.fake import is_fake
@@ -132,11 +133,25 @@ def _with_coding(
 
 
 def check_model(model: nn.Module, optimizer: Optimizer | None) -> None:
-    """Raise ``ModelError`` for a model in which nothing is trained, or an optimizer of another model."""
+    """Raise ``ModelError`` for a model in which nothing is trained, or an optimizer of another model.
+
+    Raises ``UnsupportedError`` where gradients are not what methods know as such: sparse, or beside their parameters.
+    """
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     if not trainable:
         raise ModelError(
             "no parameter of the model requires a gradient: unfreeze some with requires_grad_(True)"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise UnsupportedError(
+                f"the gradient of {path or type(module).__name__!r} is a sparse tensor, which plans do not follow: make it "
+                "with sparse=False"
+            )
+    if any(compaction_of(p) is not None for p in model.parameters()):
+        raise UnsupportedError(
+            "weights of compact() keep small gradients beside themselves, which plans do not follow: train this model in a "
+            "loop of your own, or plan without compact()"
         )
     if optimizer is None:
         return

@@ -25,6 +25,36 @@ from slimgrad.method import (
 from slimgrad.types import Column, Exactness, format_bytes
 
 LEAST_BYTES = 16 * 2**10  # what is smaller is not worth a code
+_SMOOTH = frozenset(  # operations of backward whose result is near where what they read is: no sign or place decides
+    [
+        *[
+            "mm",
+            "addmm",
+            "bmm",
+            "baddbmm",
+            "convolution_backward",
+            "mul",
+            "div",
+            "add",
+            "sub",
+            "pow",
+        ],
+        *[
+            "gelu_backward",
+            "silu_backward",
+            "tanh_backward",
+            "sigmoid_backward",
+            "_softmax_backward_data",
+        ],
+        *["native_layer_norm_backward", "native_batch_norm_backward", "native_group_norm_backward"],
+        *["_fused_rms_norm_backward", "_scaled_dot_product_flash_attention_for_cpu_backward"],
+        *[
+            "_scaled_dot_product_flash_attention_backward",
+            "_scaled_dot_product_efficient_attention_backward",
+        ],
+        "_scaled_dot_product_cudnn_attention_backward",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +147,12 @@ class CodedStore(ABC):
             elements = use.num_elements
             spent = cost.encode_s * elements, cost.decode_s * elements
             error = cost.squared_error * shares.get(number, 1.0)
-            coded.append(CodedStorage(number, sizes[number], *spent, error, self.is_near))
+            is_smooth = use.readers <= _SMOOTH
+            coded.append(
+                CodedStorage(
+                    number, sizes[number], *spent, error, self.setting, self.is_near, is_smooth
+                )
+            )
         freed = sum(graph.num_bytes) - sum(sizes)
         changed = replace(
             record,

@@ -8,7 +8,8 @@ Exactness: unbiased: gradients of inputs are exact, and the mean over draws of t
     by what ``measure(sensitivity=True)`` found on one draw: about 1 / ratio times the square of the weights' gradient, so that
     a bound below 1 allows it on few blocks.
 Limits: tensors that backward uses in matrix products alone, made inside the block, 16 KiB and more. Rows are those of the
-    tensor's fastest dimension.
+    tensor's fastest dimension. A tensor through which the gradient goes more than once, as a weight that the block makes and
+    uses again and again, is decoded to the same each time: there the mean is not the gradient.
 References: Shamshoum et al. (2024), figure 2. *departs:* attached to saved tensors, so that the gradient is as wide as the
     weight, for any optimizer, and P is drawn anew for each tensor. The whole method, whose gradients and optimizer stay in the
     reduced space and whose P stays for many updates, is a component (``compact``, ``CompactAdam``).

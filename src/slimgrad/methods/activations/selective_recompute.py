@@ -180,12 +180,13 @@ def _rows(
 
 
 def _readable(graph: OperationGraph, record: Record) -> OperationGraph:
-    """The graph in which operations that read codes which are near to nothing are too dear to be run again."""
+    """The graph in which operations are too dear that read codes which are near to nothing, or make what is not smooth."""
     codes = {c.number for c in record.coded if not c.is_near}
-    if not codes:
+    made = {c.number for c in record.coded if not c.is_smooth}
+    if not codes | made:
         return graph
     operations = [
-        (seconds + _NEVER_S if codes.intersection(reads) else seconds, reads, writes)
+        (seconds + _NEVER_S if codes & {*reads} or made & {*writes} else seconds, reads, writes)
         for seconds, reads, writes in graph.operations
     ]
     return replace(graph, operations=tuple(operations))
@@ -208,16 +209,25 @@ def _again_from_codes(
 
 
 def _squared_error(record: Record, keep: tuple[int, ...], move: tuple[int, ...]) -> float | Refusal:
-    """Of what is kept as a code, and of what is made again from that: as far off as its own code would be."""
-    again = _again_from_codes(record, keep, frozenset((*keep, *move)))
-    if any(not code.is_near for codes in again.values() for code in codes):
-        return Refusal(
-            "operations would be run again on codes that are no values near to the tensor's"
-        )
-    if not again.keys() <= {c.number for c in record.coded}:
-        return Refusal("what would be made again from codes was not measured as a code")
-    counted = {c.number for c in record.coded if c.number in keep} | again.keys()
-    return sum(c.squared_error for c in record.coded if c.number in counted)
+    """Of what is kept as a code, and of what is made again from codes: as far off as those, or its own, would leave it."""
+    own = {c.number: c for c in record.coded}
+    total = sum(c.squared_error for c in record.coded if c.number in keep)
+    for storage, codes in _again_from_codes(record, keep, frozenset((*keep, *move))).items():
+        if not all(code.is_near for code in codes):
+            return Refusal("operations would be run again on codes that are near to no tensor")
+        if storage not in own:
+            return Refusal("what would be made again from codes was not measured as a code")
+        if not own[storage].is_smooth:
+            return Refusal("signs or places would be made again from values that are a little off")
+        errors = [own[storage].squared_error]
+        for setting in {code.setting for code in codes}:
+            cost = record.coding[setting]
+            share = dict(cost.shares).get(storage)
+            if share is None:
+                return Refusal("what would be made again from a code was not measured with that")
+            errors.append(cost.squared_error * share)
+        total += max(errors)
+    return total
 
 
 @dataclass(frozen=True)

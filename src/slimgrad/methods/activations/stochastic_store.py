@@ -10,7 +10,8 @@ Limits: tensors that backward uses in matrix products and convolutions alone: wh
     fused attention saves enters in a way that is not linear, and batched products multiply activations with each other:
     a tensor in both factors would be squared, its variance a bias. Of two activations in one unbatched product this
     cannot be told: there the claim does not hold. One tensor that two products use is rounded once for both,
-    which is still unbiased in each. Else as ``quantized_store``.
+    which is still unbiased in each, but not where the gradient goes through one and then the other, as with a weight that the
+    block makes and uses again and again. A step that is resumed draws anew from ``seed``. Else as ``quantized_store``.
 References: Chen et al. (2021), sections 3 and 4.1: unbiased gradients from stochastically rounded activations; groups of
     256. *departs:* only saved tensors whose use is linear, so that the claim holds to the letter; bits for each
     block under one bound on the error of the whole gradient, in place of bits for each group by its own range.

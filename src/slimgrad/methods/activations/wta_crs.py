@@ -8,7 +8,8 @@ Memory: activations: keep of the inputs that linear layers save. Time: norms and
 Exactness: unbiased: gradients of inputs are exact, and the mean over draws of those of weights; ``error`` bounds their
     variance by what ``measure(sensitivity=True)`` found on one draw, which is large at small ``keep``.
 Limits: tensors that backward uses in matrix products alone, made inside the block, 16 KiB and more. Rows are those of the
-    tensor's fastest dimension.
+    tensor's fastest dimension. A tensor through which the gradient goes more than once, as a weight that the block makes and
+    uses again and again, is decoded to the same each time: there the mean is not the gradient.
 References: Liu et al. (2023), section 3. *departs:* probabilities from the norms of the rows alone, since what is saved is
     kept before its gradient is known (the paper takes those of an earlier step); all layers of a block, where the paper
     leaves some exact.
