@@ -25,36 +25,14 @@ from slimgrad.method import (
 from slimgrad.types import Column, Exactness, format_bytes
 
 LEAST_BYTES = 16 * 2**10  # what is smaller is not worth a code
-_SMOOTH = frozenset(  # operations of backward whose result is near where what they read is: no sign or place decides
-    [
-        *[
-            "mm",
-            "addmm",
-            "bmm",
-            "baddbmm",
-            "convolution_backward",
-            "mul",
-            "div",
-            "add",
-            "sub",
-            "pow",
-        ],
-        *[
-            "gelu_backward",
-            "silu_backward",
-            "tanh_backward",
-            "sigmoid_backward",
-            "_softmax_backward_data",
-        ],
-        *["native_layer_norm_backward", "native_batch_norm_backward", "native_group_norm_backward"],
-        *["_fused_rms_norm_backward", "_scaled_dot_product_flash_attention_for_cpu_backward"],
-        *[
-            "_scaled_dot_product_flash_attention_backward",
-            "_scaled_dot_product_efficient_attention_backward",
-        ],
-        "_scaled_dot_product_cudnn_attention_backward",
-    ]
-)
+# Operations of backward whose result is near where what they read is near: no sign and no place decides.
+_SMOOTH = frozenset([
+    "mm", "addmm", "bmm", "baddbmm", "mul", "div", "add", "sub", "pow", "convolution_backward",
+    "gelu_backward", "silu_backward", "tanh_backward", "sigmoid_backward", "_softmax_backward_data",
+    "native_layer_norm_backward", "native_batch_norm_backward", "native_group_norm_backward", "_fused_rms_norm_backward",
+    "_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_efficient_attention_backward", "_scaled_dot_product_cudnn_attention_backward",
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
