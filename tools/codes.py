@@ -41,8 +41,9 @@ most, as a part of exact training's. *Error* is the relative
 L2 error of the second batch's gradient in the untrained model, *measured before* what `measure(sensitivity=True)` said of it,
 on the first batch: the squares of what single blocks bring, added (at most twelve are tried with one setting and three with
 each other, which is said to be as much worse in between), and no less than what all blocks at once bring, or as many as
-bring no more than the gradient. Batches and draws differ: that is an estimate, not a bound,
-and what a plan keeps to is the error on the batch that it was made with. `slim` verifies the gradient of the plan that it made, and plans again for a smaller error where it is off by more than allowed.
+bring no more than the gradient. Batches and draws differ: that is an estimate, not a bound, and what a plan keeps to is
+the error on the batch that it was made with. `slim` verifies the gradient of the plan that it made, and plans again for a
+smaller error where it is off by more than allowed.
 Loss: the mean of the last 10 training steps, against exact training's. Accuracy: points on what was not trained on.
 
 Three ways replace layers, and nothing is measured before: `gradient_filter` in the `last` convolutions (7 are all of them);

@@ -62,12 +62,19 @@ def _name(method: Method) -> str:
     return next(name for name, cls in catalogue.methods().items() if type(method) is cls)
 
 
+def coded_profile(
+    model: nn.Module, loss_fn: Any, batch: Any, optimizer: torch.optim.Optimizer | None = None
+) -> Profile:
+    """The profile of a model, with what codes do to its gradient."""
+    kwargs: dict[str, Any] = {"limit_s": 0.0, "allow_compile": False, "sensitivity": True}
+    return measure(model, optimizer, loss_fn, batch, **kwargs)
+
+
 @functools.cache
 def sensitive_profile(sample: str) -> Profile:
-    """The profile of a sample model, with what codes do to its gradient."""
+    """That of a sample model."""
     model, loss_fn, batch = SAMPLES[sample].make()
-    kwargs = {"limit_s": 0.0, "allow_compile": False, "sensitivity": True}
-    return measure(model, adamw(model), loss_fn, batch, **kwargs)
+    return coded_profile(model, loss_fn, batch, adamw(model))
 
 
 def plain_layout(profile: Profile) -> Layout:
@@ -127,3 +134,8 @@ def one_pass(model: nn.Module, loss_fn: Any, batch: Any) -> tuple[Tensor, dict[s
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return loss.detach(), found
+
+
+def gradient_of(model: nn.Module, loss_fn: Any, batch: Any) -> Tensor:
+    """Of all parameters, in a row, in float64."""
+    return torch.cat([g.flatten().double() for g in one_pass(model, loss_fn, batch)[1].values()])

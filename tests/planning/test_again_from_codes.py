@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests.every_method.coded_blocks import records_of, sensitive_profile, stores
+from tests.every_method.coded_blocks import (
+    coded_profile,
+    gradient_of,
+    records_of,
+    sensitive_profile,
+    stores,
+)
 from tests.sample_models import SAMPLES
 from torch import Tensor, nn
 from torch.nn import functional
 
-import slimgrad
 from slimgrad.host import Host
-from slimgrad.measuring.profile import Profile
 from slimgrad.method import Block, Method, Offer, Record, Refusal, Scope, Undo
 from slimgrad.methods.activations.half_store import HalfStore
 from slimgrad.methods.activations.selective_recompute import SelectiveRecompute
@@ -44,11 +48,6 @@ def residual() -> tuple[nn.Module, Any, Any]:
     return model, lambda model, batch: model(batch).square().mean(), torch.randn(8, 3, 16, 16)
 
 
-def profile_of(model: nn.Module, loss_fn: Any, batch: Any) -> Profile:
-    kwargs: dict[str, Any] = {"limit_s": 0.0, "allow_compile": False, "sensitivity": True}
-    return slimgrad.measure(model, None, loss_fn, batch, **kwargs)
-
-
 def schedules_of(path: str, record: Record) -> Iterator[tuple[tuple[Method, ...], Record]]:
     """Methods that code a block and make one of the tensors that they code again, from what is left."""
     for way in coded_ways(path, record, list(stores().values()), may_run_again=False):
@@ -66,26 +65,20 @@ def schedules_of(path: str, record: Record) -> Iterator[tuple[tuple[Method, ...]
                 yield (*stores_, schedule), offer.record
 
 
-def gradient(model: nn.Module, loss_fn: Any, batch: Any) -> Tensor:
-    torch.manual_seed(3)
-    loss_fn(model, batch).backward()
-    found = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
-    model.zero_grad(set_to_none=True)
-    return found
-
-
 @pytest.mark.parametrize("name", ["attention", "residual"])
 def test_what_is_made_again_is_no_farther_off_than_it_is_said_to_be(name: str) -> None:
     model, loss_fn, batch = residual() if name == "residual" else SAMPLES[name].make()
-    profile = profile_of(model, loss_fn, batch) if name == "residual" else sensitive_profile(name)
-    host, exact, num = Host(model, None, loss_fn), gradient(model, loss_fn, batch), 0
+    profile = (
+        coded_profile(model, loss_fn, batch) if name == "residual" else sensitive_profile(name)
+    )
+    host, exact, num = Host(model, None, loss_fn), gradient_of(model, loss_fn, batch), 0
     for path, record in records_of(profile).items():
         found = list(schedules_of(path, record)) if record.coding else []
         for methods, told in found[:: max(1, len(found) // MOST)]:
             undo = Undo()
             for method in methods:
                 undo.then(method.attach(Block(path, Scope.BLOCK, host=host)))
-            off = (gradient(model, loss_fn, batch) - exact).norm() / exact.norm()
+            off = (gradient_of(model, loss_fn, batch) - exact).norm() / exact.norm()
             undo()
             assert float(off) <= 2 * told.squared_error**0.5 + 1e-6, (path, methods)
             num += 1
@@ -95,7 +88,7 @@ def test_what_is_made_again_is_no_farther_off_than_it_is_said_to_be(name: str) -
 def test_signs_are_not_made_again_from_what_is_a_little_off() -> None:
     model, loss_fn, batch = residual()
     refused = 0
-    for path, record in records_of(profile_of(model, loss_fn, batch)).items():
+    for path, record in records_of(coded_profile(model, loss_fn, batch)).items():
         if record.graph is None or not record.coding:
             continue
         asked = Block(path, Scope.BLOCK, record)

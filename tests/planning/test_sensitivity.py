@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.every_method.coded_blocks import coded_settings, one_pass, sensitive_profile, stores
+from tests.every_method.coded_blocks import (
+    coded_profile,
+    coded_settings,
+    gradient_of,
+    sensitive_profile,
+    stores,
+)
+from tests.methods.activations.coded_mlp import mean_square
 from tests.plain_training import State, plain_step
 from tests.sample_models import SAMPLES, adamw
 from torch import Tensor, nn
@@ -86,20 +93,17 @@ def test_one_setting_tells_how_blocks_differ_and_others_how_much_worse_they_are(
     """Blocks err by the square of their place and one; codes of four bits 3 + place / 8 times as much."""
     tried: dict[str, list[str]] = {}
 
-    def numbered(_: Any, path: str, store: Any, *__: Any) -> sensitivity.Effect:
-        tried.setdefault(str(store.setting), []).append(path)
-        worse = 3 + float(path) / 8 if dict(store.setting[1]).get("bits") == 4 else 1.0
-        square = worse * (1 + float(path)) ** 2
+    def numbered(_: Any, trial: Any) -> sensitivity.Effect:
+        setting, place = trial.store.setting, float(trial.path)
+        tried.setdefault(str(setting), []).append(trial.path)
+        worse = 3 + place / 8 if dict(setting[1]).get("bits") == 4 else 1.0
+        square = worse * (1 + place) ** 2
         return sensitivity.Effect(square, square / 100, 1 - square / 1000)
 
     monkeypatch.setattr(sensitivity._Passes, "effect", numbered)
     model, batch = nn.Sequential(*(Mlp() for _ in range(9))), torch.randn(128, 16)
-
-    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
-        return model(batch).square().mean()
-
-    profile = slimgrad.measure(model, None, loss_fn, batch, limit_s=0.0, allow_compile=False)
-    costs = coding_costs(Host(model, None, loss_fn), batch, profile)
+    profile = slimgrad.measure(model, None, mean_square, batch, limit_s=0.0, allow_compile=False)
+    costs = coding_costs(Host(model, None, mean_square), batch, profile)
     counted = sorted(len(set(paths)) for paths in tried.values())
     assert counted == [3] * (len(counted) - 1) + [9]
     assert sorted(map(int, costs)) == list(range(9))
@@ -130,13 +134,8 @@ def test_the_share_of_each_tensor_is_that_of_its_own_method(
     assert len(chosen.storages) > 2
     cost = costs[chosen.setting]
     for number, share in cost.shares:
-        alone = passes.effect(path, chosen.only(number), measured.graph)
+        alone = passes.effect(sensitivity._Trial(path, chosen.only(number), measured.graph))
         assert share * cost.squared_error == pytest.approx(alone.squared_error, rel=0.75)
-
-
-def gradient_of(model: nn.Module, loss_fn: Any, batch: Any) -> Tensor:
-    """Of all parameters, in a row."""
-    return torch.cat([g.flatten().double() for g in one_pass(model, loss_fn, batch)[1].values()])
 
 
 @pytest.mark.parametrize("store", [ApproxBp, FewBit, HalfStore])
@@ -145,20 +144,15 @@ def test_blocks_together_do_no_more_than_they_are_said_to(store: type[CodedStore
     torch.manual_seed(0)
     block = Mlp()
     model, batch = nn.Sequential(*(copy.deepcopy(block) for _ in range(6))), torch.randn(256, 16)
-
-    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
-        return model(batch).square().mean()
-
-    kwargs = {"limit_s": 0.0, "allow_compile": False, "sensitivity": True}
-    profile = slimgrad.measure(model, None, loss_fn, batch, **kwargs)
-    exact = gradient_of(model, loss_fn, batch)
+    profile = coded_profile(model, mean_square, batch)
+    exact = gradient_of(model, mean_square, batch)
     settings = coded_settings(profile, store)
     assert not isinstance(settings, Refusal)
     for coded in settings:
         setting = next(iter(coded.by_path.values()))[0].setting
         told = sum(costs[setting].squared_error for costs in profile.coding.values()) ** 0.5
-        undo = coded.attach(Host(model, None, loss_fn))
-        found = gradient_of(model, loss_fn, batch)
+        undo = coded.attach(Host(model, None, mean_square))
+        found = gradient_of(model, mean_square, batch)
         undo()
         assert 0 < (found - exact).norm() / exact.norm() <= told * (1 + 1e-4), setting
 
@@ -169,8 +163,8 @@ def test_errors_that_leave_no_gradient_are_not_tried_together(
     """Blocks err by squares of 0.1, 0.2 and so on of the gradient's: four of them are no more than it."""
     together: list[int] = []
 
-    def by_place(_: Any, path: str, *__: Any) -> sensitivity.Effect:
-        return sensitivity.Effect(0.1 + 0.1 * float(path), 0.1, 0.9)
+    def by_place(_: Any, trial: Any) -> sensitivity.Effect:
+        return sensitivity.Effect(0.1 + 0.1 * float(trial.path), 0.1, 0.9)
 
     def twice(_: Any, trials: Sequence[Any]) -> float:
         together.append(len(trials))
@@ -179,12 +173,8 @@ def test_errors_that_leave_no_gradient_are_not_tried_together(
     monkeypatch.setattr(sensitivity._Passes, "effect", by_place)
     monkeypatch.setattr(sensitivity._Passes, "squared_error", twice)
     model, batch = nn.Sequential(*(Mlp() for _ in range(6))), torch.randn(128, 16)
-
-    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
-        return model(batch).square().mean()
-
-    profile = slimgrad.measure(model, None, loss_fn, batch, limit_s=0.0, allow_compile=False)
-    costs = coding_costs(Host(model, None, loss_fn), batch, profile)
+    profile = slimgrad.measure(model, None, mean_square, batch, limit_s=0.0, allow_compile=False)
+    costs = coding_costs(Host(model, None, mean_square), batch, profile)
     assert set(together) == {4}  # 0.1 + 0.2 + 0.3 + 0.4
     for path, by_setting in costs.items():
         for cost in by_setting.values():
@@ -248,8 +238,7 @@ def coded_alone(shortened: float = 1.0) -> Profile:
     Their errors are said to be ``shortened`` times what they are.
     """
     model, loss_fn, batch = SAMPLES["attention"].make()
-    kwargs = {"limit_s": 0.0, "allow_compile": False, "sensitivity": True}
-    profile = slimgrad.measure(model, None, loss_fn, batch, **kwargs)  # no state that could go
+    profile = coded_profile(model, loss_fn, batch)  # no state that could go
     plain = profile.variants[()]
     timed = replace(plain, op_seconds=np.full_like(plain.op_seconds, 1e-3))
 

@@ -179,9 +179,9 @@ def gradient_filter(
 ) -> Undo:
     """Let convolutions of ``model`` go back on patches of ``patch`` x ``patch`` pixels, in place.
 
-    ``layers`` are the paths of those to change, None all. Raises MethodError for a patch that is no whole number from 1 on
-    and for ``layers`` that are one string, UnsupportedError for
-    a chosen layer that is no ``nn.Conv2d`` padded with zeros, or where there is none.
+    ``layers`` are the paths of those to change, None all. Raises MethodError for a patch that is no whole number from 1
+    on and for ``layers`` that are one string, UnsupportedError for a chosen layer that is no ``nn.Conv2d`` padded with
+    zeros, or where there is none.
     """
     if type(patch) is not int or patch < 1:
         raise MethodError(f"expected patches of 1 or more whole pixels a side, found {patch}")

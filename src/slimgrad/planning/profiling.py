@@ -65,8 +65,8 @@ def measure(
     1000) is long enough to pay for it. A whole step that does not fit into ``limit_bytes`` is not compiled.
 
     With ``sensitivity`` it is measured what each code of saved tensors does to the gradient, block by block (a real
-    forward and backward pass for each code on up to three blocks of a kind and on all at once): plans of rung ``unbiased`` or
-    ``approximate`` need it. ``progress`` is told what is being tried.
+    forward and backward pass for each code on up to three blocks of a kind and on all at once): plans of rung
+    ``unbiased`` or ``approximate`` need it. ``progress`` is told what is being tried.
 
     Raises ``BatchError``, ``ModelError``, ``LossError`` or ``UnsupportedError`` for input that cannot be
     trained on.

@@ -82,6 +82,7 @@ def coding_costs(
         )
     kinds = _kinds(profile)
     costs: Costs = {}
+    other = OtherData(host.device)
     with untouched(host.model):
         passes = _Passes(host, batch)
         shares = {key: _shares(passes, trial) for key, trial in _widest(kinds).items()}
@@ -89,7 +90,7 @@ def coding_costs(
         for number, trials in enumerate(kinds):
             setting = trials[0].store.setting
             progress(f"{number + 1} of {len(kinds)}: {setting[0]} {dict(setting[1]) or ''}")
-            spent = _seconds(trials[0], host.device)
+            spent = _seconds(trials[0], host.device, other)
             mine = _of(trials[0].store.storages, shares[trials[0].saves])
             for trial, off in zip(trials, sensitive.effects(trials), strict=True):
                 if not math.isfinite(off.squared_error):
@@ -112,21 +113,17 @@ def _add_up(passes: _Passes, kinds: Sequence[Sequence[_Trial]], costs: Costs) ->
     for trials in kinds:
         by_setting.setdefault(trials[0].store.setting, []).extend(trials)
     for setting, trials in by_setting.items():
-        squares = {
-            t.path: c[setting].squared_error
-            for t in trials
-            if setting in (c := costs.get(t.path, {}))
-        }
-        by_error = sorted((t for t in trials if t.path in squares), key=lambda t: squares[t.path])
-        sums = np.cumsum([squares[t.path] for t in by_error])
+        told = [(costs[t.path][setting], t) for t in trials if setting in costs.get(t.path, {})]
+        told.sort(key=lambda pair: pair[0].squared_error)
+        sums = np.cumsum([cost.squared_error for cost, _ in told])
         num = int((sums <= 1.0).sum())
         if num < 2:
             continue
-        more = passes.squared_error(by_error[:num]) / float(sums[num - 1])
+        more = passes.squared_error([trial for _, trial in told[:num]]) / float(sums[num - 1])
         if math.isfinite(more) and more > 1:
-            for path in squares:
-                cost = costs[path][setting]
-                costs[path][setting] = replace(cost, squared_error=more * cost.squared_error)
+            for cost, trial in told:
+                squared_error = more * cost.squared_error
+                costs[trial.path][setting] = replace(cost, squared_error=squared_error)
 
 
 class _Sensitive:
@@ -163,7 +160,7 @@ class _Sensitive:
     def _tried(self, trials: Sequence[_Trial], most: int) -> tuple[np.ndarray, np.ndarray]:
         """The places of the blocks that are tried, and on each of them the two errors and 1 less the cosine."""
         at = np.unique(np.linspace(0, len(trials) - 1, most).round().astype(int))
-        found = [self._passes.effect(trials[i].path, trials[i].store, trials[i].graph) for i in at]
+        found = [self._passes.effect(trials[i]) for i in at]
         return at, np.array([(e.squared_error, e.own_error, 1 - e.own_cosine) for e in found])
 
 
@@ -232,11 +229,11 @@ class _Passes:
         self._exact = _gradients(host, batch)
         self._size = sum(map(_squares, self._exact.values()))
 
-    def effect(self, path: str, store: CodedStore, graph: OperationGraph) -> Effect:
-        """What the gradient is with ``store`` on one block, in which nothing is run again."""
-        found = self._gradients_with([_Trial(path, store, graph)])
+    def effect(self, trial: _Trial) -> Effect:
+        """What the gradient is with a setting on one block, in which nothing is run again."""
+        found = self._gradients_with([trial])
         off = {n: _squares(g - self._exact[n]) for n, g in found.items()}
-        own = [n for n in found if _is_of(n, path)]
+        own = [n for n in found if _is_of(n, trial.path)]
         length = sum(_squares(self._exact[n]) for n in own)
         lengths = length * sum(_squares(found[n]) for n in own)
         along = sum(float((found[n].double() * self._exact[n]).sum()) for n in own)
@@ -296,8 +293,8 @@ def _shares(passes: _Passes, trial: _Trial) -> dict[int, float]:
     """The squared error that each storage alone brings."""
     if len(trial.store.storages) == 1:
         return dict.fromkeys(trial.store.storages, 1.0)
-    alone = ((s, trial.store.only(s)) for s in trial.store.storages)
-    return {s: passes.effect(trial.path, store, trial.graph).squared_error for s, store in alone}
+    alone = {s: replace(trial, store=trial.store.only(s)) for s in trial.store.storages}
+    return {s: passes.effect(one).squared_error for s, one in alone.items()}
 
 
 def _of(storages: Sequence[int], errors: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
@@ -309,12 +306,12 @@ def _of(storages: Sequence[int], errors: Mapping[int, float]) -> tuple[tuple[int
     return tuple((s, e / total if total else 1 / len(mine)) for s, e in mine.items())
 
 
-def _seconds(trial: _Trial, device: torch.device) -> tuple[float, float]:
+def _seconds(trial: _Trial, device: torch.device, other: OtherData) -> tuple[float, float]:
     """Seconds an element to encode and to decode, on values like those of a normed layer that the cache does not hold."""
     uses = [use for s in trial.store.storages if (use := trial.graph.uses[s]) is not None]
     use = max(uses, key=lambda use: use.num_elements)
     sample, code = _sample(use, device), trial.store.code()
-    encoded, other = code.encode(sample), OtherData(device)
+    encoded = code.encode(sample)
 
     def cold(run: Callable[[], object]) -> float:
         run()

@@ -7,9 +7,8 @@ import torch
 from tests.methods.activations.coded_mlp import (
     NUM_BLOCKS,
     UP,
-    attached,
     freed_bytes,
-    made,
+    gradients,
     mean_square,
     offered,
     record,
@@ -29,18 +28,10 @@ def test_bits_of_32_of_what_gelu_saves_stay(bits: int) -> None:
     assert freed_bytes(FewBit(bits=bits)) == NUM_BLOCKS * (4 * UP - UP * bits // 8)
 
 
-def gradients(bits: int | None) -> dict[str, torch.Tensor]:
-    model, batch = made()
-    if bits is not None:
-        attached(model, FewBit(bits=bits))
-    mean_square(model, batch).backward()
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
 def test_more_bits_are_nearer_and_the_last_layer_is_exact() -> None:
     plain, errors = gradients(None), list[float]()
     for bits in (1, 2, 3, 4):
-        ours = gradients(bits)
+        ours = gradients(FewBit(bits=bits))
         assert torch.equal(ours["3.down.weight"], plain["3.down.weight"])  # GELU's output is kept
         off, size = ours["0.up.weight"] - plain["0.up.weight"], plain["0.up.weight"]
         errors.append(float(off.norm() / size.norm()))

@@ -54,8 +54,8 @@ class Moving:
                     self._write(*self._waiting.pop(0))
 
     def _write(self, value: Value, code: Code | None, tensor: Tensor) -> None:
-        whole = whole_storage(tensor)
-        if value.is_kept or whole is None:
+        whole = None if value.is_kept else whole_storage(tensor)
+        if whole is None:
             return
         if code is not None:
             value.stored = Coded(code, tensor, whole)
