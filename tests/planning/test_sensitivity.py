@@ -182,6 +182,12 @@ def test_errors_that_leave_no_gradient_are_not_tried_together(
             assert cost.own_error == 0.1
 
 
+def test_a_gradient_of_zero_is_not_divided_by() -> None:
+    model, batch = nn.Sequential(*(Mlp() for _ in range(3))), torch.randn(256, 16)
+    profile = coded_profile(model, lambda model, batch: 0.0 * mean_square(model, batch), batch)
+    assert {c.squared_error for costs in profile.coding.values() for c in costs.values()} == {0.0}
+
+
 def test_the_noise_of_batches_is_that_of_their_samples() -> None:
     """Gradients of single samples are the samples: the noise of their mean is known."""
     torch.manual_seed(0)

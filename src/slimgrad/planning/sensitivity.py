@@ -117,7 +117,7 @@ def _add_up(passes: _Passes, kinds: Sequence[Sequence[_Trial]], costs: Costs) ->
         told.sort(key=lambda pair: pair[0].squared_error)
         sums = np.cumsum([cost.squared_error for cost, _ in told])
         num = int((sums <= 1.0).sum())
-        if num < 2:
+        if num < 2 or not sums[num - 1]:
             continue
         more = passes.squared_error([trial for _, trial in told[:num]]) / float(sums[num - 1])
         if math.isfinite(more) and more > 1:
